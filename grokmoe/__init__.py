@@ -1,0 +1,1 @@
+"""grokmoe: what all roles share, and the client SDK."""

@@ -1,0 +1,1 @@
+"""Generated from proto/grokmoe/v1 by `make stubs`; never edited."""

@@ -1,0 +1,119 @@
+from grokmoe.v1 import failure_pb2 as _failure_pb2
+from grokmoe.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class LogitsScope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOGITS_SCOPE_UNSPECIFIED: _ClassVar[LogitsScope]
+    LOGITS_SCOPE_LAST: _ClassVar[LogitsScope]
+    LOGITS_SCOPE_ALL: _ClassVar[LogitsScope]
+LOGITS_SCOPE_UNSPECIFIED: LogitsScope
+LOGITS_SCOPE_LAST: LogitsScope
+LOGITS_SCOPE_ALL: LogitsScope
+
+class AttentionDescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AttentionDescribeResponse(_message.Message):
+    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "layer_begin", "layer_end", "num_pages", "page_size", "max_step_tokens", "device")
+    CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LAYER_END_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    config_hash: str
+    incarnation: str
+    dtype: _tensor_pb2.DataType
+    hidden_size: int
+    layer_begin: int
+    layer_end: int
+    num_pages: int
+    page_size: int
+    max_step_tokens: int
+    device: str
+    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+
+class TokenSampling(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class SequenceChunk(_message.Message):
+    __slots__ = ("token_ids", "start", "page_ids", "sampling", "logits")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    start: int
+    page_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: TokenSampling
+    logits: LogitsScope
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ...) -> None: ...
+
+class StepPlan(_message.Message):
+    __slots__ = ("incarnation", "chunks")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    chunks: _containers.RepeatedCompositeFieldContainer[SequenceChunk]
+    def __init__(self, incarnation: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[SequenceChunk, _Mapping]]] = ...) -> None: ...
+
+class StepRequest(_message.Message):
+    __slots__ = ("step_id", "plan", "layer", "remaining_rows", "payload")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    plan: StepPlan
+    layer: int
+    remaining_rows: int
+    payload: _tensor_pb2.Tensor
+    def __init__(self, step_id: _Optional[int] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., layer: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StepResponse(_message.Message):
+    __slots__ = ("step_id", "layer", "remaining_rows", "result", "failure", "compute_ns", "payload")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    layer: int
+    remaining_rows: int
+    result: StepResult
+    failure: _failure_pb2.Failure
+    compute_ns: int
+    payload: _tensor_pb2.Tensor
+    def __init__(self, step_id: _Optional[int] = ..., layer: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., compute_ns: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,75 @@
+from grokmoe.v1 import failure_pb2 as _failure_pb2
+from grokmoe.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ExpertDescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExpertDescribeResponse(_message.Message):
+    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "experts", "max_rows", "device")
+    CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    config_hash: str
+    incarnation: str
+    dtype: _tensor_pb2.DataType
+    hidden_size: int
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertRange]
+    max_rows: int
+    device: str
+    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., max_rows: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+
+class ExpertRange(_message.Message):
+    __slots__ = ("expert", "layer_begin", "layer_end")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    LAYER_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LAYER_END_FIELD_NUMBER: _ClassVar[int]
+    expert: int
+    layer_begin: int
+    layer_end: int
+    def __init__(self, expert: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ...) -> None: ...
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "payload")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    layer: int
+    expert_ids: _containers.RepeatedScalarFieldContainer[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    remaining_rows: int
+    payload: _tensor_pb2.Tensor
+    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "payload")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    remaining_rows: int
+    failure: _failure_pb2.Failure
+    queue_ns: int
+    compute_ns: int
+    batch_rows: int
+    payload: _tensor_pb2.Tensor
+    def __init__(self, request_id: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_rows: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
