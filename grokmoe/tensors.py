@@ -91,7 +91,15 @@ def encode(header: Message, tensor: torch.Tensor | None = None) -> bytes:
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
     shape = b"".join(map(_varint, tensor.shape))
     tensor_head = b"".join(
-        (b"\x08", _varint(wire_dtype(tensor.dtype)), b"\x12", _varint(len(shape)), shape, b"\x1a", _varint(flat.nbytes))
+        (
+            b"\x08",
+            _varint(wire_dtype(tensor.dtype)),
+            b"\x12",
+            _varint(len(shape)),
+            shape,
+            b"\x1a",
+            _varint(flat.nbytes),
+        )
     )
     size = _varint(len(tensor_head) + flat.nbytes)
     return b"".join((head, bytes((_PAYLOAD_TAG,)), size, tensor_head, flat.data))
@@ -224,7 +232,8 @@ class RowAssembler(Generic[M]):
             raise InvalidRequest("payload", f"part is {part.dtype} x {part.shape[1]}, the first was another")
         if end + remaining != whole.shape[0]:
             raise InvalidRequest(
-                "remaining_rows", f"is {remaining} after {end} rows, the first message announced {whole.shape[0]}"
+                "remaining_rows",
+                f"is {remaining} after {end} rows, the first message announced {whole.shape[0]}",
             )
         whole[filled:end] = part
         if remaining:

@@ -1,0 +1,63 @@
+"""How this project opens gRPC channels: options, limits and time-outs in one place. Does not import torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Limit of one message, both ways and for every role. gRPC's own default is 4 MiB. Data-plane messages stay far
+below it because they are cut (grokmoe.tensors.MAX_CHUNK_BYTES); full-vocabulary logits of a long prompt may not."""
+
+KEEPALIVE_MS = 30_000
+"""A connection that has been silent this long is probed."""
+
+KEEPALIVE_TIMEOUT_MS = 10_000
+"""A probe unanswered this long closes the connection."""
+
+MIN_PING_INTERVAL_MS = 10_000
+"""Servers accept probes this often. Must stay below KEEPALIVE_MS: the default of five minutes would answer a client
+that waits for a long prefill with GOAWAY."""
+
+COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+
+CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    *COMMON_OPTIONS,
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # Two clients of one process must not share a connection: a lane's traffic would queue behind another's.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Proxies from the environment have no business between workers, nor before a loopback address.
+    ("grpc.enable_http_proxy", 0),
+)
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *COMMON_OPTIONS,
+    # Two servers on one port would share its calls without a word.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeouts:
+    """Deadlines of control calls, seconds."""
+
+    describe: float = 5.0
+    status: float = 5.0
+    connect: float = 10.0
+
+
+TIMEOUTS = Timeouts()
+
+
+def open_channel(address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Channel:
+    """Opens a channel on the running event loop. address: `host:port`, `unix:/path` or any gRPC target."""
+    return grpc.aio.insecure_channel(address, options=[*CLIENT_OPTIONS, *options])

@@ -1,0 +1,4 @@
+"""The router: the only caller. Schedules sequences, keeps the page ledger, gates, dispatches to experts, combines.
+
+Knows nothing of weights other than the gates', and computes nothing but gating and combining.
+"""

@@ -1,0 +1,122 @@
+"""Rows to experts and back: `plan`, `gather` and `combine`, which undo one another.
+
+One stable sort orders the rows by (worker, expert), so what goes to a worker is one contiguous block and within it
+each expert's rows are one block, too. The plan is opaque to everyone else; only `combine` reads its permutation.
+
+The sum over a token's experts is taken here, in float32, in the order of the ranks. So the result does not depend on
+placement, replicas, retries or the order in which answers arrive.
+
+Letters: T tokens, K experts per token, N = T * K rows, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """The rows of one worker: `begin` to `end` of the gathered rows, sorted by expert.
+
+    expert_ids ascend; counts are at least one and sum to end - begin.
+    """
+
+    worker: int
+    expert_ids: tuple[int, ...]
+    counts: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DispatchPlan:
+    """Where every row goes (`shards`) and how to undo it (the rest, for `combine` only)."""
+
+    shards: tuple[Shard, ...]
+    token_of_row_N: torch.Tensor
+    row_of_rank_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+
+def plan(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, worker_of_expert: Sequence[int]) -> DispatchPlan:
+    """Sorts the rows by (worker, expert).
+
+    worker_of_expert: the worker chosen for each expert in this call.
+    """
+    num_experts = len(worker_of_expert)
+    by_worker = sorted(range(num_experts), key=lambda expert: (worker_of_expert[expert], expert))
+    flat_N = expert_ids_TK.reshape(-1)
+    if by_worker == list(range(num_experts)):
+        slot_N = flat_N
+    else:
+        slot_of_expert = torch.empty(num_experts, dtype=torch.int64)
+        slot_of_expert[torch.tensor(by_worker)] = torch.arange(num_experts)
+        slot_N = slot_of_expert[flat_N]
+    order_N = slot_N.argsort(stable=True)
+    counts = torch.bincount(slot_N, minlength=num_experts).tolist()
+    row_of_rank = torch.empty_like(order_N)
+    row_of_rank[order_N] = torch.arange(order_N.numel())
+    num_ranks = expert_ids_TK.shape[1]
+    return DispatchPlan(
+        shards=_shards(by_worker, counts, worker_of_expert),
+        token_of_row_N=order_N // num_ranks,
+        row_of_rank_TK=row_of_rank.view(-1, num_ranks),
+        weights_TK=weights_TK,
+    )
+
+
+def _shards(by_worker: list[int], counts: list[int], worker_of_expert: Sequence[int]) -> tuple[Shard, ...]:
+    shards: list[Shard] = []
+    expert_ids: list[int] = []
+    shard_counts: list[int] = []
+    begin = end = 0
+    for slot, expert in enumerate(by_worker):
+        if counts[slot]:
+            expert_ids.append(expert)
+            shard_counts.append(counts[slot])
+            end += counts[slot]
+        worker = worker_of_expert[expert]
+        last = slot + 1 == len(by_worker) or worker_of_expert[by_worker[slot + 1]] != worker
+        if last and expert_ids:
+            shards.append(Shard(worker, tuple(expert_ids), tuple(shard_counts), begin, end))
+            expert_ids, shard_counts, begin = [], [], end
+    return tuple(shards)
+
+
+def reassign(shard: Shard, worker_of_expert: Sequence[int]) -> tuple[Shard, ...]:
+    """Cuts a shard whose worker failed into shards for other workers.
+
+    worker_of_expert: the new choice, for all experts. The rows stay where they are.
+    """
+    shards: list[Shard] = []
+    begin = shard.begin
+    for expert, count in zip(shard.expert_ids, shard.counts, strict=True):
+        worker, end = worker_of_expert[expert], begin + count
+        if shards and shards[-1].worker == worker:
+            last = shards.pop()
+            shards.append(Shard(worker, (*last.expert_ids, expert), (*last.counts, count), last.begin, end))
+        else:
+            shards.append(Shard(worker, (expert,), (count,), begin, end))
+        begin = end
+    return tuple(shards)
+
+
+def gather(plan: DispatchPlan, x_TD: torch.Tensor) -> torch.Tensor:
+    """Copies every token's row once per chosen expert, in the order of the plan. Returns rows_ND."""
+    return x_TD.index_select(0, plan.token_of_row_N)
+
+
+def combine(plan: DispatchPlan, rows_ND: torch.Tensor) -> torch.Tensor:
+    """Weights and sums the experts' rows of every token, rank by rank, in float32.
+
+    rows_ND: one output row per gathered row, in the same order. Returns y_TD in the rows' type.
+    """
+    num_tokens, num_ranks = plan.row_of_rank_TK.shape
+    y_TD = torch.zeros(num_tokens, rows_ND.shape[1], dtype=torch.float32)
+    for rank in range(num_ranks):
+        rank_rows_TD = rows_ND.index_select(0, plan.row_of_rank_TK[:, rank])
+        y_TD.addcmul_(rank_rows_TD.float(), plan.weights_TK[:, rank, None])
+    return y_TD.to(rows_ND.dtype)

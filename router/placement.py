@@ -1,0 +1,93 @@
+"""Which expert workers hold which experts, and which of them a call uses. Pure tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+from grokmoe.errors import ConfigError
+
+ExpertLayers = tuple[int, int, int]
+"""(expert, first layer, one past the last layer)."""
+
+
+def spread(num_experts: int, num_workers: int, num_replicas: int = 1) -> tuple[tuple[int, ...], ...]:
+    """Places every expert on `num_replicas` of the workers, as evenly as can be.
+
+    Returns the experts of each worker, ascending. Neighbouring experts share a worker, and each further replica is
+    on the next worker (chained declustering): the load of a lost worker falls on several others.
+    Raises ConfigError when there are more replicas than workers, or workers that would hold nothing.
+    """
+    if num_workers < 1 or num_replicas < 1:
+        raise ConfigError(f"experts need at least one worker and one replica, not {num_workers} and {num_replicas}")
+    if num_replicas > num_workers:
+        raise ConfigError(f"{num_replicas} replicas of an expert need as many workers, there are {num_workers}")
+    if num_workers > num_experts * num_replicas:
+        raise ConfigError(
+            f"{num_workers} workers for {num_experts} experts x {num_replicas} replicas: some would hold nothing"
+        )
+    held: list[set[int]] = [set() for _ in range(num_workers)]
+    for expert in range(num_experts):
+        first = expert * num_workers // num_experts
+        for replica in range(num_replicas):
+            held[(first + replica) % num_workers].add(expert)
+    return tuple(tuple(sorted(experts)) for experts in held)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """For every layer and expert the workers that hold it, in order of preference."""
+
+    holders: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @classmethod
+    def build(
+        cls,
+        num_layers: int,
+        num_experts: int,
+        held: Mapping[int, Sequence[ExpertLayers]],
+        preferred: Mapping[int, Sequence[int]] | None = None,
+    ) -> Placement:
+        """Makes the table from what the workers say they hold.
+
+        held: worker -> its experts and layers.
+        preferred: expert -> workers to use, in this order; experts that are absent use every holder.
+        Raises ConfigError naming layer and expert when nobody holds one, or a preferred worker does not.
+        """
+        preferred = preferred or {}
+        table: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in range(num_layers)]
+        for worker, ranges in sorted(held.items()):
+            for expert, begin, end in ranges:
+                if not (0 <= expert < num_experts and 0 <= begin < end <= num_layers):
+                    raise ConfigError(
+                        f"expert worker {worker} says it holds expert {expert} in layers {begin}-{end - 1}; the model "
+                        f"has {num_experts} experts and {num_layers} layers"
+                    )
+                for layer in range(begin, end):
+                    table[layer][expert].append(worker)
+        for layer, row in enumerate(table):
+            for expert, workers in enumerate(row):
+                for worker in preferred.get(expert, ()):
+                    if worker not in workers:
+                        raise ConfigError(f"placement puts expert {expert} on worker {worker}, which does not hold it")
+                if expert in preferred:
+                    row[expert] = workers = list(preferred[expert])
+                if not workers:
+                    raise ConfigError(f"no expert worker holds expert {expert} in layer {layer}")
+        return cls(tuple(tuple(tuple(workers) for workers in row) for row in table))
+
+    def choose(self, layer: int, ready: Collection[int], load: Mapping[int, int]) -> list[int | None]:
+        """Chooses one worker per expert for a call: of the ready holders the one with the least load.
+
+        load: rows a worker has in flight. Ties go round by expert number, so that replicas share the experts of an
+        idle cluster. None where no holder is ready.
+        """
+        chosen: list[int | None] = []
+        for expert, workers in enumerate(self.holders[layer]):
+            usable = [worker for worker in workers if worker in ready]
+            if len(usable) > 1:
+                shift = expert % len(usable)
+                usable = usable[shift:] + usable[:shift]
+                usable.sort(key=lambda worker: load.get(worker, 0))
+            chosen.append(usable[0] if usable else None)
+        return chosen

@@ -1,0 +1,146 @@
+"""Runs Triton kernels on the CPU, in Triton's interpreter, inside the test's own process.
+
+    with interpreted():
+        expert_mlp(...CPU tensors...)
+
+TRITON_INTERPRET=1 would decide once per process, when `@triton.jit` executes, and the same kernels could not be compiled
+next to it. Here ordinary jit functions are redirected to the interpreter for the length of the block instead.
+
+Within the block the interpreter is also
+  * repaired for bfloat16, which it keeps as raw uint16 and multiplies as such: values are widened to float32 for every
+    operation and rounded to nearest even after it, as hardware does;
+  * made strict: a load or store outside the tensors that were passed to the launch raises OutOfBounds. Reading past a
+    tensor is harmless on a CPU, and often does not even change the result, but on a GPU it is a fault.
+
+Written for Triton 3.7; it reaches into internals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+
+class OutOfBounds(Exception):
+    """A kernel touched memory outside its tensors."""
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Within the block jit functions run in the interpreter, on CPU tensors."""
+    # exp may overflow to infinity by design (tanh is 1 - 2 / (exp(2x) + 1)); numpy warns, GPUs do not.
+    with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(JITFunction, "run", _run)
+        patch.setattr(JITFunction, "__call__", _call)
+        for name, method in _repaired_builder().items():
+            patch.setattr(InterpreterBuilder, name, method)
+        yield
+
+
+def _run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
+    _reachable.ranges = np.array([_byte_range(tensor) for tensor in tensors if tensor.numel()], dtype=np.uint64)
+    try:
+        InterpretedFunction(self.fn).run(*args, grid=grid, warmup=warmup, **kwargs)
+    except interpreter.InterpreterError as error:
+        # Triton wraps whatever a kernel raises and keeps only its text.
+        raise error.__cause__ or error from None
+
+
+def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    """A jit function called from a kernel. Unlike InterpretedFunction.__call__ it undoes what it patches in tl."""
+    scope = interpreter._patch_lang(self.fn)
+    try:
+        return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
+    finally:
+        scope.restore()
+
+
+class _Reachable:
+    """Bytes the running kernel may touch: [begin, end) per tensor argument."""
+
+    ranges = np.zeros((0, 2), dtype=np.uint64)
+
+    def check(self, pointers: TensorHandle, mask: np.ndarray, verb: str) -> None:
+        size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
+        first = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+        inside = np.zeros(first.shape, dtype=bool)
+        for begin, end in self.ranges:
+            inside |= (first >= begin) & (first + size <= end)
+        if not inside.all():
+            raise OutOfBounds(f"{verb} of {(~inside).sum()} elements outside every tensor of the launch")
+
+
+_reachable = _Reachable()
+
+
+def _byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _widen(handle: TensorHandle) -> TensorHandle:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _narrow(values: np.ndarray) -> TensorHandle:
+    """Rounds float32 to bfloat16, to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    rounded = np.where(np.isnan(values), 0x7FC0, rounded)
+    return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+
+def _repaired_builder() -> dict[str, Callable[..., Any]]:
+    """Methods for InterpreterBuilder, each around the one it replaces."""
+    original = {name: getattr(InterpreterBuilder, name) for name in (
+        "cast_impl", "create_fp_to_fp", "binary_op", "ternary_op", "unary_op", "create_fma", "create_dot",
+        "create_masked_load", "create_masked_store",
+    )}  # fmt: skip
+
+    def convert(name: str) -> Callable[..., TensorHandle]:
+        def method(self: Any, src: TensorHandle, dst_type: Any, *rest: Any) -> TensorHandle:
+            to_bf16 = dst_type.scalar == tl.bfloat16
+            if not to_bf16 and src.dtype.scalar != tl.bfloat16:
+                return original[name](self, src, dst_type, *rest)
+            wide = _widen(src)
+            return _narrow(wide.data.astype(np.float32)) if to_bf16 else self.cast_impl(wide, dst_type)
+
+        return method
+
+    def compute(name: str) -> Callable[..., TensorHandle]:
+        def method(self: Any, *args: Any) -> TensorHandle:
+            operands = [arg for arg in args if isinstance(arg, TensorHandle)]
+            # The last operand is the one whose type the result has: a dot's accumulator, a select's value.
+            narrow = operands[-1].dtype.scalar == tl.bfloat16
+            result = original[name](self, *[_widen(arg) if isinstance(arg, TensorHandle) else arg for arg in args])
+            return _narrow(result.data) if narrow and result.data.dtype != np.bool_ else result
+
+        return method
+
+    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+        _reachable.check(pointers, mask.data, "load")
+        return original["create_masked_load"](self, pointers, mask, *rest)
+
+    def store(self: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
+        _reachable.check(pointers, mask.data, "store")
+        return original["create_masked_store"](self, pointers, value, mask, *rest)
+
+    return {
+        **{name: convert(name) for name in ("cast_impl", "create_fp_to_fp")},
+        **{name: compute(name) for name in ("binary_op", "ternary_op", "unary_op", "create_fma", "create_dot")},
+        "create_masked_load": load,
+        "create_masked_store": store,
+    }
