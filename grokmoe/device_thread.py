@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import queue
 import threading
 from collections.abc import Callable
@@ -66,6 +67,19 @@ class DeviceThread:
 
         self._tasks.put(task)
         return future
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs `function(*args)` on the thread and waits for it. For start-up, where there is no event loop yet."""
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def task() -> None:
+            try:
+                outcome.set_result(function(*args))
+            except BaseException as raised:
+                outcome.set_exception(raised)
+
+        self._tasks.put(task)
+        return outcome.result()
 
     def stop(self) -> None:
         """Ends the thread after the work handed over so far."""

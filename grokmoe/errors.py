@@ -23,12 +23,17 @@ from typing import Any, ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from grokmoe.v1 import failure_pb2
 
 ERROR_DOMAIN = "grokmoe"
+
+MAX_STATUS_MESSAGE_BYTES = 1024
+"""A longer message is cut. It travels three times in the call's trailers, once percent-encoded, and trailers above
+8 KiB turn the call's status into RESOURCE_EXHAUSTED."""
 
 
 class GrokmoeError(Exception):
@@ -50,6 +55,9 @@ class InvalidRequest(GrokmoeError):
         super().__init__(f"{field}: {message}" if field else message)
         self.field = field
         self.description = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.description)
 
 
 class NotFound(GrokmoeError):
@@ -132,10 +140,19 @@ _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in g
 def _build(code: grpc.StatusCode, message: str, field: str = "", retry_after: float | None = None) -> GrokmoeError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(field, message.removeprefix(f"{field}: ") if field else message)
-    cls = _BY_CODE.get(code, InternalError)
+    cls = _BY_CODE.get(code)
+    if cls is None:
+        return InternalError(f"{code.name}: {message}")
     if issubclass(cls, _Retryable) and retry_after is not None:
         return cls(message, retry_after)
     return cls(message)
+
+
+def _cut(message: str) -> str:
+    encoded = message.encode(errors="replace")
+    if len(encoded) > MAX_STATUS_MESSAGE_BYTES:
+        encoded = encoded[: MAX_STATUS_MESSAGE_BYTES - 3] + b"..."
+    return encoded.decode(errors="ignore")
 
 
 def to_status(error: GrokmoeError) -> Any:
@@ -143,10 +160,10 @@ def to_status(error: GrokmoeError) -> Any:
 
     Returns: what `context.abort_with_status` takes.
     """
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    status = status_pb2.Status(code=error.code.value[0], message=_cut(error.message))
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.code.name, domain=ERROR_DOMAIN)]
     if isinstance(error, InvalidRequest) and error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.description))
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, _Retryable):
         delay = duration_pb2.Duration()
@@ -162,15 +179,22 @@ def to_status(error: GrokmoeError) -> Any:
 def from_rpc_error(error: grpc.RpcError) -> GrokmoeError:
     """Turns what a gRPC call raised into an error of the tree, reading the google.rpc details if there are any."""
     call: Any = error
+    try:
+        field, retry_after = _read_details(rpc_status.from_call(call))
+    except (ValueError, DecodeError):  # details of another status: a proxy or gRPC itself replaced the server's
+        field, retry_after = "", None
+    return _build(call.code(), call.details() or call.code().name, field, retry_after)
+
+
+def _read_details(status: Any) -> tuple[str, float | None]:
     field, retry_after = "", None
-    status = rpc_status.from_call(call) if call.trailing_metadata() is not None else None
     for detail in status.details if status is not None else ():
         bad_request, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         if detail.Unpack(bad_request) and bad_request.field_violations:
             field = bad_request.field_violations[0].field
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return _build(call.code(), call.details() or call.code().name, field, retry_after)
+    return field, retry_after
 
 
 def to_failure(error: Exception) -> failure_pb2.Failure:

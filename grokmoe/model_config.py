@@ -90,9 +90,7 @@ class ModelConfig:
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}, must be finite and above 0")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}, must be even (rotary pairs)")
         if self.experts_per_token > self.num_experts:
@@ -135,7 +133,7 @@ class ModelConfig:
                 gelu=Gelu.ERF,
                 router_cap=30.0,
                 renormalize_gates=True,
-                attention_output_scale=attn_output_multiplier or 1.0,
+                attention_output_scale=1.0 if attn_output_multiplier is None else attn_output_multiplier,
                 attention_logit_scale=self.head_dim**-0.5,
             )
         if name == "xai":
@@ -145,7 +143,9 @@ class ModelConfig:
                 router_cap=None,
                 renormalize_gates=False,
                 attention_output_scale=1.0,
-                attention_logit_scale=attn_output_multiplier or self.head_dim**-0.5,
+                attention_logit_scale=(
+                    self.head_dim**-0.5 if attn_output_multiplier is None else attn_output_multiplier
+                ),
             )
         raise ConfigError(f"variant is {name!r}, must be 'vllm' or 'xai'")
 
@@ -159,10 +159,7 @@ class ModelConfig:
         num_heads = reader.integer("num_attention_heads")
         hidden_size = reader.integer("hidden_size")
         if num_heads < 1 or (hidden_size % num_heads and "head_dim" not in raw):
-            raise ConfigError(
-                f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_heads})"
-            )
-        eos = raw.get("eos_token_id")
+            raise ConfigError(f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_heads})")
         base = cls(
             vocab_size=reader.integer("vocab_size"),
             hidden_size=hidden_size,
@@ -181,13 +178,59 @@ class ModelConfig:
             output_multiplier=reader.number("output_multiplier_scale", default=1.0),
             attention_cap=reader.number("attn_logit_softcapping", "max_attn_value", default=30.0),
             bos_token_id=reader.optional_integer("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+            eos_token_ids=reader.integers("eos_token_id"),
         )
-        multiplier = reader.number("attn_output_multiplier") if "attn_output_multiplier" in raw else None
+        multiplier = None
+        if raw.get("attn_output_multiplier") is not None:
+            multiplier = reader.number("attn_output_multiplier")
         config = base.as_variant(variant, multiplier)
         if raw.get("router_logit_softcapping") is not None and config.router_cap is not None:
             config = dataclasses.replace(config, router_cap=reader.number("router_logit_softcapping"))
         return config
+
+    def to_dict(self, variant: str = "vllm") -> dict[str, Any]:
+        """The keys of `config.json` that `from_dict` with the same variant reads back to an equal config.
+
+        variant: the form this config has, see `as_variant`. attn_output_multiplier means what it means there.
+        Raises ConfigError naming the fields in which this config is not of that form: config.json has no keys for
+        the GELU form and the like, they follow from the variant alone.
+        """
+        raw: dict[str, Any] = {
+            "architectures": ["Grok1ModelForCausalLM"],
+            "model_type": "grok-1",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "max_position_embeddings": self.context_length,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_base,
+            "embedding_multiplier_scale": self.embedding_multiplier,
+            "output_multiplier_scale": self.output_multiplier,
+            "max_attn_value": self.attention_cap,
+            "attn_output_multiplier": (self.attention_logit_scale if variant == "xai" else self.attention_output_scale),
+        }
+        if self.router_cap not in (None, 30.0):
+            raw["router_logit_softcapping"] = self.router_cap
+        if self.bos_token_id is not None:
+            raw["bos_token_id"] = self.bos_token_id
+        if self.eos_token_ids:
+            raw["eos_token_id"] = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids)
+        read_back = self.from_dict(raw, variant)
+        differing = [
+            field.name
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(read_back, field.name)
+        ]
+        if differing:
+            raise ConfigError(f"config.json of variant {variant!r} cannot express this {', '.join(differing)}")
+        return raw
 
     @classmethod
     def from_file(cls, path: str | Path, variant: str = "vllm") -> ModelConfig:
@@ -216,7 +259,7 @@ class _Reader:
 
     def _find(self, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
         found = [(name, self._raw[name]) for name in names if self._raw.get(name) is not None]
-        if len({value for _, value in found}) > 1:
+        if any(value != found[0][1] for _, value in found):
             raise ConfigError("keys disagree: " + ", ".join(f"{name} is {value}" for name, value in found))
         if found:
             return found[0]
@@ -232,6 +275,14 @@ class _Reader:
 
     def optional_integer(self, name: str) -> int | None:
         return None if self._raw.get(name) is None else self.integer(name)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """One integer, a list of them, or none at all."""
+        value = self._raw.get(name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(not isinstance(item, int) or isinstance(item, bool) for item in values):
+            raise ConfigError(f"{name} is {value!r}, must be an integer or a list of integers")
+        return tuple(values)
 
     def number(self, *names: str, default: float | None = None) -> float:
         name, value = self._find(names, default)

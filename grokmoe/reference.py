@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from grokmoe import tensor_names as names
 from grokmoe.checkpoint import Checkpoint
@@ -21,15 +20,15 @@ from grokmoe.model_config import Gelu, ModelConfig
 
 @dataclasses.dataclass
 class Trace:
-    """What happened inside a forward pass; each list has one entry per layer, `hidden_TH` one more at the front.
+    """What happened inside a forward pass; each list has one entry per layer, `hidden` one more at the front.
 
-    hidden_TH: the residual before layer 0 and after each layer.
-    router_logits_TE: after the cap. experts_TK: the chosen, best first.
+    hidden: the residual [T, H] before layer 0 and after each layer.
+    router_logits: [T, E], after the cap. experts: the chosen [T, K], best first.
     """
 
-    hidden_TH: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    router_logits_TE: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    experts_TK: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    hidden: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    router_logits: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    experts: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
 class Reference:
@@ -43,20 +42,20 @@ class Reference:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, config: ModelConfig | None = None) -> Reference:
         """Reads all tensors. `config` replaces the checkpoint's own, to choose another variant."""
-        weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.names}
+        weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.tensors}
         return cls(config or checkpoint.config, weights)
 
     def logits(self, token_ids: Sequence[int], trace: Trace | None = None) -> torch.Tensor:
         """Logits at every position [T, V], float32; fills `trace` if given."""
         trace = trace or Trace()
         h_TH = self._weight(names.embed())[list(token_ids)] * self.config.embedding_multiplier
-        trace.hidden_TH.append(h_TH)
+        trace.hidden.append(h_TH)
         for layer in range(self.config.num_layers):
             a_TH = self._attention(layer, self._norm(h_TH, names.norm(layer, "pre_attn_norm")))
             h_TH = h_TH + self._norm(a_TH, names.norm(layer, "post_attn_norm"))
             m_TH = self._moe(layer, self._norm(h_TH, names.norm(layer, "pre_moe_norm")), trace)
             h_TH = h_TH + self._norm(m_TH, names.norm(layer, "post_moe_norm"))
-            trace.hidden_TH.append(h_TH)
+            trace.hidden.append(h_TH)
         h_TH = self._norm(h_TH, names.final_norm())
         return h_TH @ self._weight(names.head(self.config)).T * self.config.output_multiplier
 
@@ -103,8 +102,8 @@ class Reference:
         gates_TK = p_TE.gather(1, experts_TK)
         if config.renormalize_gates:
             gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
-        trace.router_logits_TE.append(z_TE)
-        trace.experts_TK.append(experts_TK)
+        trace.router_logits.append(z_TE)
+        trace.experts.append(experts_TK)
 
         out_TH = torch.zeros_like(x_TH)
         for expert_id in range(config.num_experts):
@@ -117,7 +116,7 @@ class Reference:
     def _expert(self, layer: int, expert_id: int, x_NH: torch.Tensor) -> torch.Tensor:
         gate_NF = x_NH @ self._weight(names.expert(layer, expert_id, "linear")).T
         up_NF = x_NH @ self._weight(names.expert(layer, expert_id, "linear_v")).T
-        gate_NF = F.gelu(gate_NF, approximate="tanh" if self.config.gelu is Gelu.TANH else "none")
+        gate_NF = torch.nn.functional.gelu(gate_NF, approximate="tanh" if self.config.gelu is Gelu.TANH else "none")
         return (gate_NF * up_NF) @ self._weight(names.expert(layer, expert_id, "linear_1")).T
 
 

@@ -40,9 +40,7 @@ class ServerSettings:
     metrics_host: str = setting("127.0.0.1", "host of the Prometheus endpoint")
     grace: float = setting(5.0, "seconds that running calls get to finish after SIGTERM")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
-    log_level: str = setting(
-        "info", "what is logged to standard error", choices=("debug", "info", "warning", "error")
-    )
+    log_level: str = setting("info", "what is logged to standard error", choices=("debug", "info", "warning", "error"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +49,13 @@ class Service:
 
     name: full protobuf name, such as `grokmoe.v1.Expert`; it also names the service in health checks.
     handlers: method name -> handler.
+    drain: called when the server begins to stop. Streams that would live as long as their caller must finish what they
+        have begun and end; without it they keep the process for the whole grace period.
     """
 
     name: str
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]
+    drain: Callable[[], None] = lambda: None
 
 
 def log_to_stderr(level: str) -> None:
@@ -123,7 +124,7 @@ class RoleServer:
     def __init__(self, services: Sequence[Service]) -> None:
         self._services = tuple(services)
         self._server = grpc.aio.server(options=list(SERVER_OPTIONS))
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for service in services:
             handler = grpc.method_handlers_generic_handler(service.name, service.handlers)
@@ -153,6 +154,8 @@ class RoleServer:
     async def stop(self, grace: float) -> None:
         """Tells health watchers, refuses new calls, lets running ones finish for `grace` seconds."""
         await self._health.enter_graceful_shutdown()
+        for service in self._services:
+            service.drain()
         await self._server.stop(grace)
 
 

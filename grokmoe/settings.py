@@ -54,7 +54,7 @@ def _parser_of(kind: Any) -> Any:
     return kind
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type, environ: Mapping[str, str] | None = None) -> None:
+def add_flags(parser: argparse._ActionsContainer, kind: type, environ: Mapping[str, str] | None = None) -> None:
     """Adds one flag per field of the dataclass `kind`; the environment supplies defaults."""
     environ = os.environ if environ is None else environ
     hints = typing.get_type_hints(kind)
@@ -78,7 +78,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, environ: Mapping[str,
             options["choices"] = field.metadata["choices"]
         elif field.metadata["metavar"]:
             options["metavar"] = field.metadata["metavar"]
-        parse.__name__ = getattr(parse, "__name__", "value").removeprefix("parse_")
+        if parse.__name__.startswith("parse_"):  # argparse names the type in its messages
+            parse.__name__ = parse.__name__.removeprefix("parse_")
         parser.add_argument(flag, type=parse, **options)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 from typing import Any
 
+from grokmoe.errors import InvalidRequest
 from grokmoe.v1 import attention_pb2
 
 
@@ -83,20 +84,22 @@ def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
             start=chunk.start,
             page_ids=chunk.page_ids,
             sampling=sampling,
-            logits=chunk.logits.value,  # type: ignore[arg-type]
+            logits=chunk.logits.value,
         )
     return proto
 
 
 def plan_from_proto(proto: attention_pb2.StepPlan) -> StepPlan:
-    """Reads a plan from the wire. Values are checked by the attention worker, not here."""
+    """Reads a plan from the wire. Whether it can be run is for the attention worker to check."""
     chunks = []
     for chunk in proto.chunks:
         sampling = None
         if chunk.HasField("sampling"):
             wire = chunk.sampling
             sampling = TokenSampling(wire.temperature, wire.top_k, wire.top_p or 1.0, wire.seed)
-        known = chunk.logits in LogitsScope.__members__.values()
-        scope = LogitsScope(chunk.logits) if known else LogitsScope.NONE
+        try:
+            scope = LogitsScope(int(chunk.logits))
+        except ValueError:
+            raise InvalidRequest("plan.chunks.logits", f"is {chunk.logits}: no such scope") from None
         chunks.append(SequenceChunk(tuple(chunk.token_ids), chunk.start, tuple(chunk.page_ids), sampling, scope))
     return StepPlan(proto.incarnation, tuple(chunks))

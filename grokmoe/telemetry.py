@@ -39,9 +39,7 @@ class RouterMetrics:
             ("outcome",),
             registry=registry,
         )
-        self.prompt_tokens = Counter(
-            "grokmoe_prompt_tokens_total", "Tokens of accepted prompts.", registry=registry
-        )
+        self.prompt_tokens = Counter("grokmoe_prompt_tokens_total", "Tokens of accepted prompts.", registry=registry)
         self.generated_tokens = Counter("grokmoe_generated_tokens_total", "Tokens generated.", registry=registry)
         self.prefix_queries = Counter(
             "grokmoe_prefix_cache_queries_total",

@@ -24,6 +24,13 @@ from grokmoe.v1 import tensor_pb2
 MAX_CHUNK_BYTES = 2 * 1024 * 1024
 """Largest tensor in one message. Beyond it page faults of fresh buffers cost more than a second message."""
 
+MAX_UNFINISHED = 8
+"""Ids of one stream whose later parts are still to come. Beyond it the oldest is dropped: a caller that gave up in
+the middle of a request leaves one behind, and a caller that works writes one request after another."""
+
+MAX_REFUSED = 1024
+"""Ids of one stream remembered because later parts of a refused request must be passed over."""
+
 PAYLOAD_FIELD = 15
 _PAYLOAD_TAG = (PAYLOAD_FIELD << 3) | 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -32,7 +39,7 @@ _TORCH_BY_WIRE: dict[int, torch.dtype] = {
     tensor_pb2.DATA_TYPE_FLOAT32: torch.float32,
     tensor_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16,
 }
-_WIRE_BY_TORCH = {dtype: wire for wire, dtype in _TORCH_BY_WIRE.items()}
+_WIRE_BY_TORCH: dict[torch.dtype, Any] = {dtype: wire for wire, dtype in _TORCH_BY_WIRE.items()}
 assert set(_TORCH_BY_WIRE) == set(tensor_pb2.DataType.values()) - {tensor_pb2.DATA_TYPE_UNSPECIFIED}
 
 with warnings.catch_warnings():
@@ -43,7 +50,7 @@ with warnings.catch_warnings():
 M = TypeVar("M", bound=Message)
 
 
-def wire_dtype(dtype: torch.dtype) -> tensor_pb2.DataType:
+def wire_dtype(dtype: torch.dtype) -> Any:
     """The enum value of a torch type. KeyError for a type that has no codec."""
     return _WIRE_BY_TORCH[dtype]
 
@@ -150,30 +157,45 @@ def _decode_tensor(data: bytes, begin: int, end: int) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype, count=count, offset=at).reshape(shape)
 
 
-def decode(kind: type[M], data: bytes) -> tuple[M, torch.Tensor | None]:
-    """Parses a message; its payload comes back as a tensor that shares the message's memory.
-
-    The tensor must not be written to. The returned message has no payload.
-    Raises InvalidRequest when the bytes are no such message, or dtype, shape and length of the payload disagree.
-    """
-    header, tensor, kept = [], None, 0
+def _parse(kind: type[M], data: bytes) -> tuple[M, tuple[int, int] | None]:
+    """The message without its payload, and where in `data` that lies. InvalidRequest if it is no such message."""
+    header, span, kept = [], None, 0
     message = kind()
     try:
         for number, wire, start, value, end in _fields(data, 0, len(data)):
             if number == PAYLOAD_FIELD and wire == _BYTES:
                 header.append(data[kept:start])
                 kept = end
-                tensor = _decode_tensor(data, value, end)
+                span = value, end
         header.append(data[kept:])
         message.ParseFromString(b"".join(header))
     except (IndexError, DecodeError, RuntimeError) as error:
-        raise InvalidRequest("", f"not a {kind.DESCRIPTOR.full_name}: {error or 'malformed field'}") from error
-    return message, tensor
+        raise _malformed("", kind.DESCRIPTOR.full_name, error) from error
+    return message, span
 
 
-def encode_rows(
-    header: Any, rows_ND: torch.Tensor, id_field: str, max_bytes: int = MAX_CHUNK_BYTES
-) -> Iterator[bytes]:
+def _payload(data: bytes, span: tuple[int, int] | None) -> torch.Tensor | None:
+    try:
+        return None if span is None else _decode_tensor(data, *span)
+    except (IndexError, RuntimeError, TypeError) as error:  # the last two: extents beyond what torch can hold
+        raise _malformed("payload", "grokmoe.v1.Tensor", error) from error
+
+
+def _malformed(field: str, name: str, error: Exception) -> InvalidRequest:
+    return InvalidRequest(field, f"not a {name}: {error or 'malformed field'}")
+
+
+def decode(kind: type[M], data: bytes) -> tuple[M, torch.Tensor | None]:
+    """Parses a message; its payload comes back as a tensor that shares the message's memory.
+
+    The tensor must not be written to. The returned message has no payload.
+    Raises InvalidRequest when the bytes are no such message, or dtype, shape and length of the payload disagree.
+    """
+    message, span = _parse(kind, data)
+    return message, _payload(data, span)
+
+
+def encode_rows(header: Any, rows_ND: torch.Tensor, id_field: str, max_bytes: int = MAX_CHUNK_BYTES) -> Iterator[bytes]:
     """Serialises a message whose payload may be too large for one, cut by rows.
 
     header: goes out whole with the first rows; the later messages repeat only its field `id_field`.
@@ -190,28 +212,44 @@ def encode_rows(
 
 
 class RowAssembler(Generic[M]):
-    """Joins the messages of `encode_rows`, for one stream. Holds at most `max_rows` rows per unfinished id."""
+    """Joins the messages of `encode_rows`, for one stream.
 
-    def __init__(self, kind: type[M], id_field: str, max_rows: int) -> None:
+    Memory is bounded: at most `max_rows` rows, `width` wide if that is given, for each of MAX_UNFINISHED ids.
+    """
+
+    def __init__(self, kind: type[M], id_field: str, max_rows: int, width: int | None = None) -> None:
         self._kind = kind
         self._id_field = id_field
         self._max_rows = max_rows
+        self._width = width
         self._open: dict[int, tuple[M, torch.Tensor, int]] = {}
+        self._refused: set[int] = set()
+        self.failed_id: int | None = None
 
     def add(self, data: bytes) -> tuple[M, torch.Tensor | None] | None:
         """Takes one message. Returns the whole (header, payload) with its last part, None before.
 
         Raises InvalidRequest for bytes that are no message, parts that do not fit together, or too many rows. The
-        unfinished parts of that id are dropped then; `failed_id` names it.
+        unfinished parts of that id are dropped then, those still to come are passed over, and `failed_id` names it;
+        None when the bytes are no message.
         """
-        self.failed_id = 0
-        message, part = decode(self._kind, data)
+        self.failed_id = None
+        message, span = _parse(self._kind, data)
         key = getattr(message, self._id_field)
+        if key in self._refused:
+            is_later_part = all(field.name in (self._id_field, "remaining_rows") for field, _ in message.ListFields())
+            if is_later_part and message.remaining_rows:  # type: ignore[attr-defined]
+                return None
+            self._refused.discard(key)
+            if is_later_part:
+                return None
         try:
-            return self._join(key, message, part)
+            return self._join(key, message, _payload(data, span))
         except InvalidRequest:
             self._open.pop(key, None)
             self.failed_id = key
+            if message.remaining_rows and len(self._refused) < MAX_REFUSED:  # type: ignore[attr-defined]
+                self._refused.add(key)
             raise
 
     def _join(self, key: int, message: Any, part: torch.Tensor | None) -> tuple[M, torch.Tensor | None] | None:
@@ -224,6 +262,10 @@ class RowAssembler(Generic[M]):
             total = part.shape[0] + remaining
             if total > self._max_rows:
                 raise InvalidRequest("remaining_rows", f"makes {total} rows in all, limit is {self._max_rows}")
+            if self._width is not None and part.shape[1] != self._width:
+                raise InvalidRequest("payload.shape", f"is {list(part.shape)}, rows must be {self._width} wide")
+            if len(self._open) == MAX_UNFINISHED:
+                del self._open[next(iter(self._open))]
             whole = torch.empty(total, part.shape[1], dtype=part.dtype)
             self._open[key] = (message, whole, 0)
         first, whole, filled = self._open[key]

@@ -1,17 +1,18 @@
-"""Compiles Triton kernels without a GPU, through the ordinary launch code, and reads what the compiler made of them.
+"""Compiles Triton kernels without a GPU, through the ordinary launch code, and reads off the result.
 
     with compiling(SM_90) as kernels:
         expert_mlp(...meta tensors of full size...)
     kernels[0].name, kernels[0].grid, kernels[0].registers
 
-A stub stands in for the driver and every launch stops after the compiler, so argument types and alignment are derived
-from the real arguments. Nothing is computed and meta tensors take no memory.
+A stub stands in for the driver and every launch stops after the compiler, so argument types and alignment are
+derived from the real arguments. Nothing is computed, and meta tensors take no memory.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,8 +92,6 @@ def _read_cubin(kernel: Any, compiled: Compiled) -> Compiled:
 
 
 def _cuobjdump(what: str, kernel: Any) -> str:
-    import tempfile
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -3,14 +3,16 @@
     with interpreted():
         expert_mlp(...CPU tensors...)
 
-TRITON_INTERPRET=1 would decide once per process, when `@triton.jit` executes, and the same kernels could not be compiled
-next to it. Here ordinary jit functions are redirected to the interpreter for the length of the block instead.
+TRITON_INTERPRET=1 would decide once per process, when `@triton.jit` executes, and the same kernels could
+not be compiled next to it. Here ordinary jit functions are redirected to the interpreter for the length of
+the block.
 
 Within the block the interpreter is also
-  * repaired for bfloat16, which it keeps as raw uint16 and multiplies as such: values are widened to float32 for every
-    operation and rounded to nearest even after it, as hardware does;
-  * made strict: a load or store outside the tensors that were passed to the launch raises OutOfBounds. Reading past a
-    tensor is harmless on a CPU, and often does not even change the result, but on a GPU it is a fault.
+  * repaired for bfloat16, which it keeps as raw uint16 and multiplies as such: values are widened to
+    float32 for every operation and rounded to nearest even after it;
+  * made strict: a load or store outside the tensors passed to the launch raises OutOfBounds. A mask that is
+    missing often changes no result, and reading past a tensor goes unnoticed on a CPU; on a GPU it is a
+    fault.
 
 Written for Triton 3.7; it reaches into internals.
 """
@@ -49,7 +51,8 @@ def interpreted() -> Iterator[None]:
 
 def _run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
-    _reachable.ranges = np.array([_byte_range(tensor) for tensor in tensors if tensor.numel()], dtype=np.uint64)
+    ranges = [_byte_range(tensor) for tensor in tensors if tensor.numel()]
+    _reachable.ranges = np.array(ranges, dtype=np.uint64)
     try:
         InterpretedFunction(self.fn).run(*args, grid=grid, warmup=warmup, **kwargs)
     except interpreter.InterpreterError as error:
@@ -58,7 +61,7 @@ def _run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 
 
 def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-    """A jit function called from a kernel. Unlike InterpretedFunction.__call__ it undoes what it patches in tl."""
+    """A jit function called from a kernel. Unlike InterpretedFunction's own, undoes what it patches in tl."""
     scope = interpreter._patch_lang(self.fn)
     try:
         return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
@@ -105,10 +108,7 @@ def _narrow(values: np.ndarray) -> TensorHandle:
 
 def _repaired_builder() -> dict[str, Callable[..., Any]]:
     """Methods for InterpreterBuilder, each around the one it replaces."""
-    original = {name: getattr(InterpreterBuilder, name) for name in (
-        "cast_impl", "create_fp_to_fp", "binary_op", "ternary_op", "unary_op", "create_fma", "create_dot",
-        "create_masked_load", "create_masked_store",
-    )}  # fmt: skip
+    original = dict(vars(InterpreterBuilder))
 
     def convert(name: str) -> Callable[..., TensorHandle]:
         def method(self: Any, src: TensorHandle, dst_type: Any, *rest: Any) -> TensorHandle:
@@ -125,7 +125,8 @@ def _repaired_builder() -> dict[str, Callable[..., Any]]:
             operands = [arg for arg in args if isinstance(arg, TensorHandle)]
             # The last operand is the one whose type the result has: a dot's accumulator, a select's value.
             narrow = operands[-1].dtype.scalar == tl.bfloat16
-            result = original[name](self, *[_widen(arg) if isinstance(arg, TensorHandle) else arg for arg in args])
+            wide = [_widen(arg) if isinstance(arg, TensorHandle) else arg for arg in args]
+            result = original[name](self, *wide)
             return _narrow(result.data) if narrow and result.data.dtype != np.bool_ else result
 
         return method
@@ -138,9 +139,7 @@ def _repaired_builder() -> dict[str, Callable[..., Any]]:
         _reachable.check(pointers, mask.data, "store")
         return original["create_masked_store"](self, pointers, value, mask, *rest)
 
-    return {
-        **{name: convert(name) for name in ("cast_impl", "create_fp_to_fp")},
-        **{name: compute(name) for name in ("binary_op", "ternary_op", "unary_op", "create_fma", "create_dot")},
-        "create_masked_load": load,
-        "create_masked_store": store,
-    }
+    computing = ("binary_op", "ternary_op", "unary_op", "create_fma", "create_dot")
+    converting = ("cast_impl", "create_fp_to_fp")
+    repaired = {name: compute(name) for name in computing} | {name: convert(name) for name in converting}
+    return repaired | {"create_masked_load": load, "create_masked_store": store}

@@ -44,7 +44,11 @@ class NetworkConfig:
     @classmethod
     def read(cls, folder: Path) -> "NetworkConfig":
         """The configuration in `folder`/config.json; its other keys are ignored."""
-        values = json.loads((folder / "config.json").read_text())
+        return cls.from_dict(json.loads((folder / "config.json").read_text()))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
+        """The configuration in the values of a config.json."""
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
     @property

@@ -1,14 +1,15 @@
 """Grouped GEMM in Triton: the MLPs of several experts over rows sorted by expert, in two launches.
 
-    gate_up_kernel   h = gelu(x W^T) * (x V^T)     both products in one pass over x, GELU and product in the epilogue
+    gate_up_kernel   h = gelu(x W^T) * (x V^T)     both products in one pass over x, the rest in the epilogue
     down_kernel      y = h W2^T
 
-A program computes one tile: at most BLOCK_N rows of one expert, times some output columns, over the whole contraction.
-Nothing is split along the contraction and nothing is added atomically, so a result does not depend on timing, nor on
-what other rows are there, but for the tile class (see `tile_class`).
+A program computes one tile: at most BLOCK_N rows of one expert, times some output columns, over the whole
+contraction. Nothing is split along the contraction and nothing is added atomically, so a result does not
+depend on timing, nor on what other rows are there, but for the tile class (see `tile_class`).
 
-Which rows make a tile is worked out on the host, where the counts are. Kernels that search prefix sums of the counts
-need a transfer of the same size, a grid with spare programs, and a loop at the head of every program.
+Which rows make a tile is worked out on the host, where the counts are. Searching prefix sums of the counts
+in the kernel would take a transfer too, spare programs in the grid, and a loop at the head of every
+program.
 
 Loads go through pointers, not TMA descriptors: the same code serves sm_80 and up, and AMD.
 Shapes: N rows, E experts held, D hidden, F ffn.
@@ -44,9 +45,9 @@ class TileClass(NamedTuple):
     down: Blocks
 
 
-# Ascending in rows. Shared memory and registers are asserted for each entry and architecture by the compile tests;
-# speed is not yet measured.
-TILE_CLASSES = {
+# Ascending in rows. Tests assert that each entry fits each architecture; none has been timed yet. gfx942
+# has 64 KiB of shared memory, and more columns in the tall class would spill on sm_80.
+TILE_CLASSES: dict[torch.dtype, tuple[TileClass, ...]] = {
     torch.bfloat16: (
         TileClass(16, gate_up=Blocks(64, 64, 4, 4), down=Blocks(64, 128, 4, 4)),
         TileClass(64, gate_up=Blocks(64, 64, 4, 3), down=Blocks(128, 64, 4, 3)),
@@ -97,7 +98,8 @@ def launch(
     shape = tile_class(counts_E, rows_ND.dtype)
     tiles = tile_table(counts_E, shape.rows)
     # Pinned and non-blocking: a copy from pageable memory would wait for the kernels queued before it.
-    table = torch.tensor(tiles, dtype=torch.int32, pin_memory=rows_ND.is_cuda).to(rows_ND.device, non_blocking=True)
+    table = torch.tensor(tiles, dtype=torch.int32, pin_memory=rows_ND.is_cuda)
+    table = table.to(rows_ND.device, non_blocking=True)
 
     # Row tiles vary fastest, so programs that read the same columns of an expert's weights run side by side.
     with torch.cuda.device_of(rows_ND):
@@ -122,15 +124,16 @@ def launch(
 def tile_class(counts_E: Sequence[int], dtype: torch.dtype) -> TileClass:
     """The lowest tile that holds the busiest expert's rows, else the highest.
 
-    By the busiest expert because its weights are read once per row tile, and weights dominate the traffic; rows that a
-    tile has too many cost arithmetic only. A row's last bits may depend on the class, not on anything else in the batch.
+    By the busiest expert because its weights are read once per row tile, and weights dominate the traffic;
+    rows that a tile has too many cost arithmetic only. The last bits of a row may depend on the class, and
+    on nothing else in the batch.
     """
     classes = TILE_CLASSES[dtype]
     return next((shape for shape in classes if shape.rows >= max(counts_E)), classes[-1])
 
 
 def tile_table(counts_E: Sequence[int], block_rows: int) -> list[tuple[int, int, int]]:
-    """One (expert, first row, one past the expert's last row) per tile; every row in one tile, no tile empty."""
+    """Per tile (expert, first row, one past the expert's last row). Every row is in one tile, no tile is empty."""
     tiles = []
     begin = 0
     for expert, count in enumerate(counts_E):
@@ -159,7 +162,7 @@ def gate_up_kernel(
     TANH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """h = gelu(x W^T) * (x V^T) for one tile of rows and BLOCK_F columns. Grid: (tiles, blocks of F)."""
-    # 64 bits for whatever reaches across experts or rows: E * F * D and N * F exceed 2^31. Within a tile 32 suffice.
+    # 64 bits for what reaches across experts or rows: E * F * D and N * F may pass 2^31. A tile stays below.
     tile_ptr = tiles_ptr + tl.program_id(0) * 3
     expert = tl.load(tile_ptr).to(tl.int64)
     first_row = tl.load(tile_ptr + 1).to(tl.int64)
@@ -171,9 +174,11 @@ def gate_up_kernel(
     d = tl.arange(0, BLOCK_D)
     n_ok = n < num_rows
     f_ok = f < F - first_f
+    gate_ptr += expert * gate_stride_e + first_f * gate_stride_f
+    up_ptr += expert * up_stride_e + first_f * up_stride_f
     x_ptrs = rows_ptr + first_row * rows_stride_n + n[:, None] * rows_stride_n + d[None, :]
-    gate_ptrs = gate_ptr + expert * gate_stride_e + first_f * gate_stride_f + f[None, :] * gate_stride_f + d[:, None]
-    up_ptrs = up_ptr + expert * up_stride_e + first_f * up_stride_f + f[None, :] * up_stride_f + d[:, None]
+    gate_ptrs = gate_ptr + f[None, :] * gate_stride_f + d[:, None]
+    up_ptrs = up_ptr + f[None, :] * up_stride_f + d[:, None]
 
     gate_acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
     up_acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
@@ -211,8 +216,9 @@ def down_kernel(
     f = tl.arange(0, BLOCK_F)
     n_ok = n < num_rows
     d_ok = d < D - first_d
+    down_ptr += expert * down_stride_e + first_d * down_stride_d
     h_ptrs = h_ptr + first_row * h_stride_n + n[:, None] * h_stride_n + f[None, :]
-    down_ptrs = down_ptr + expert * down_stride_e + first_d * down_stride_d + d[None, :] * down_stride_d + f[:, None]
+    down_ptrs = down_ptr + d[None, :] * down_stride_d + f[:, None]
 
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for first_f in range(0, F, BLOCK_F):

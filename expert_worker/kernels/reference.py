@@ -29,16 +29,16 @@ def expert_mlp(
     """Passes each row through the MLP of its expert.
 
     rows_ND: sorted by expert: the first counts_E[0] rows belong to expert 0, and so on.
-    counts_E: rows of each expert, zero allowed; ints on the host, because the launch grid depends on them and they
-        arrive there (reading them back from a device would wait for it).
+    counts_E: rows of each expert, zero allowed. Ints on the host: they arrive there, the launch grid
+        depends on them, and reading them back from a device would wait for it.
     gate_EFD, up_EFD, down_EDF: weights of the rows' dtype, float32 or bfloat16.
 
-    Returns: out_ND, new, of the rows' dtype. Rounds where the kernels round and nowhere else: products accumulate in
-    float32, gelu(gate) * up is rounded once to the rows' dtype, and so is the output. With bfloat16 that takes
-    float32 copies of one expert's weights.
+    Returns: out_ND, new, of the rows' dtype. Rounds where the kernels round and nowhere else: products
+    accumulate in float32, gelu(gate) * up is rounded once to the rows' dtype, and so is the output. With
+    bfloat16 that takes float32 copies of one expert's weights at a time.
     """
     assert_consistent(rows_ND, counts_E, gate_EFD, up_EFD, down_EDF)
-    out_ND = torch.empty(rows_ND.shape, dtype=rows_ND.dtype, device=rows_ND.device)
+    out_ND = rows_ND.new_empty(rows_ND.shape)
     begin = 0
     for expert, count in enumerate(counts_E):
         if count == 0:

@@ -1,0 +1,22 @@
+"""Settings of an attention worker."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from grokmoe.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionWorkerSettings:
+    """What an attention worker holds and how large it may grow."""
+
+    model: str = setting("", "checkpoint directory: config.json and safetensors", metavar="DIR")
+    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
+    dtype: str = setting("bfloat16", "type of weights, hidden states and KV", choices=("float32", "bfloat16"))
+    device: str = setting("cpu", "where to compute: cpu, cuda or cuda:N")
+    threads: int = setting(0, "threads of one operation; 0: torch's choice")
+    page_size: int = setting(32, "positions per KV page")
+    kv_gib: float = setting(1.0, "memory for KV pages in GiB; sets the number of pages")
+    num_pages: int = setting(0, "KV pages; 0: as many as fit into --kv-gib")
+    max_step_tokens: int = setting(2048, "most tokens in one step; a plan with more is refused")

@@ -1,0 +1,140 @@
+"""Paged attention on the CPU, batched over tiles of query rows and KV heads (see `tiles`).
+
+The weights of a row are computed without a running maximum and with few, cheap passes over the scores:
+
+    cap * tanh(s / cap) = cap - 2 * cap * sigmoid(-2 * s / cap)
+
+so exp2(-c * sigmoid(-2 * s / cap)) with c = 2 * cap * log2(e) is the softmax weight up to a factor that the row's sum
+divides out. It lies in [2^-c, 1]: nothing overflows, and the largest weights are the most exact. torch's sigmoid and
+exp2 together cost a third of its tanh.
+
+In bfloat16 torch's products round their result, which would move a score of 30 by up to 0.06 and its weight by 6 %. So
+the scores take two products on the matrix units: the second accumulates q.k in float32 onto the negated first and so
+yields what the first lost to rounding. Their sum is exact to 2^-17 of the score. Weights and results are rounded.
+
+Shapes: N tiles, R rows of a tile, L keys of a tile, K KV heads, G query heads per KV head, B = N * K pairs, Q = R * G
+query rows of a pair, T tokens of the step, H = K * G query heads, D = H * d, P pages, S slots of a page, d head size.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+
+from attention_worker.kernels.tiles import TileGroup, TileShape
+from attention_worker.step_batch import StepBatch
+
+LARGEST_PLAIN_EXPONENT = 100.0
+"""Beyond this c, 2^-c comes near the smallest float32, and rows are first shifted by their maximum."""
+
+
+class _Workspace(threading.local):
+    """Buffers kept between calls, one set per thread: page faults of a fresh large buffer cost more than its product."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """An uninitialised contiguous tensor; valid until the next `take` of the same name and dtype."""
+        size = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
+
+
+_workspace = _Workspace()
+
+
+def paged_attention(
+    q_THd: torch.Tensor,
+    k_KPSd: torch.Tensor,
+    v_KPSd: torch.Tensor,
+    batch: StepBatch,
+    scale: float,
+    cap: float,
+) -> torch.Tensor:
+    """The function of `reference.paged_attention`, for float32 or bfloat16. Returns [T, H, d] in q's dtype.
+
+    IndexError if a page id is outside the cache.
+    """
+    num_rows, num_heads, head_dim = q_THd.shape
+    num_kv_heads, num_pages, page_size, _ = k_KPSd.shape
+    shape = TileShape(num_heads, num_kv_heads, head_dim, num_pages, page_size, q_THd.element_size())
+    q_TD = q_THd.reshape(num_rows, num_heads * head_dim)
+    k_pages = k_KPSd.view(num_kv_heads * num_pages, page_size * head_dim)
+    v_pages = v_KPSd.view(num_kv_heads * num_pages, page_size * head_dim)
+    out_TD = torch.empty(num_rows + 1, num_heads * head_dim, dtype=q_THd.dtype)  # the last row takes padding
+    for group in batch.tile_groups(shape):
+        q_BQd = _queries(q_TD, group, shape)
+        weights_BQL, sum_BQ1 = _weights(q_BQd, k_pages, group, shape, scale, cap)
+        _write(out_TD, _values(weights_BQL, v_pages, group, shape) / sum_BQ1, group, shape)
+    return out_TD[:num_rows].view(num_rows, num_heads, head_dim)
+
+
+def _queries(q_TD: torch.Tensor, group: TileGroup, shape: TileShape) -> torch.Tensor:
+    """The group's query rows [B, Q, d]: the heads that share a KV head become rows, so keys are never repeated."""
+    N, R, K, d = group.num_tiles, group.num_rows, shape.num_kv_heads, shape.head_dim
+    if group.first_row is not None:
+        q_rows = q_TD[group.first_row : group.first_row + N * R]
+    else:
+        q_rows = q_TD.index_select(0, group.q_rows_NR)
+    return q_rows.view(N, R, K, -1, d).transpose(1, 2).reshape(N * K, -1, d)
+
+
+def _gather(pages: torch.Tensor, group: TileGroup, shape: TileShape) -> torch.Tensor:
+    """The group's keys or values [B, L, d], in a buffer that the next gather reuses."""
+    buffer = _workspace.take("gathered", pages.dtype, len(group.pages_NKJ), pages.shape[1])
+    torch.index_select(pages, 0, group.pages_NKJ, out=buffer)
+    return buffer.view(-1, group.num_keys, shape.head_dim)
+
+
+def _weights(
+    q_BQd: torch.Tensor, k_pages: torch.Tensor, group: TileGroup, shape: TileShape, scale: float, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax weights [B, Q, L] in q's dtype before division by their sums [B, Q, 1], which are float32."""
+    p_BQL = _scaled_scores(q_BQd, _gather(k_pages, group, shape), -2.0 * scale / cap)
+    exponent = 2.0 * cap * math.log2(math.e)
+    p_BQL.sigmoid_().mul_(-exponent)
+    if group.hidden_N1R1M is not None:
+        p_NKRGL = p_BQL.view(group.num_tiles, shape.num_kv_heads, group.num_rows, -1, group.num_keys)
+        p_NKRGL[..., -group.hidden_N1R1M.shape[-1] :].masked_fill_(group.hidden_N1R1M, -math.inf)
+    if exponent > LARGEST_PLAIN_EXPONENT:
+        p_BQL.sub_(p_BQL.amax(dim=-1, keepdim=True))
+    sum_BQ1 = p_BQL.exp2_().sum(dim=-1, keepdim=True)
+    if q_BQd.dtype != p_BQL.dtype:
+        p_BQL = _workspace.take("weights", q_BQd.dtype, *p_BQL.shape).copy_(p_BQL)
+    return p_BQL, sum_BQ1
+
+
+def _scaled_scores(q_BQd: torch.Tensor, k_BLd: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor * q.k as float32 [B, Q, L]."""
+    k_BdL = k_BLd.transpose(1, 2)
+    shape = (*q_BQd.shape[:2], k_BLd.shape[1])
+    scores_BQL = _workspace.take("scores", torch.float32, *shape)
+    if q_BQd.dtype == torch.float32:
+        return torch.baddbmm(scores_BQL, q_BQd, k_BdL, beta=0, alpha=factor, out=scores_BQL)
+    part_BQL = _workspace.take("weights", q_BQd.dtype, *shape)
+    torch.baddbmm(part_BQL, q_BQd, k_BdL, beta=0, alpha=factor, out=part_BQL)
+    scores_BQL.copy_(part_BQL)
+    return scores_BQL.add_(part_BQL.baddbmm_(q_BQd, k_BdL, beta=-1, alpha=factor))
+
+
+def _values(weights_BQL: torch.Tensor, v_pages: torch.Tensor, group: TileGroup, shape: TileShape) -> torch.Tensor:
+    """Weighted sums of the values, [B, Q, d] in the values' dtype."""
+    v_BLd = _gather(v_pages, group, shape)
+    if group.unused_slots is not None:
+        # A hidden key has weight zero, but zero times what an unwritten slot holds may be NaN.
+        v_BLd.view(-1, shape.head_dim).index_fill_(0, group.unused_slots, 0)
+    return torch.bmm(weights_BQL, v_BLd)
+
+
+def _write(out_TD: torch.Tensor, o_BQd: torch.Tensor, group: TileGroup, shape: TileShape) -> None:
+    N, R, K = group.num_tiles, group.num_rows, shape.num_kv_heads
+    o_NRKE = o_BQd.view(N, K, R, -1).transpose(1, 2)
+    if group.first_row is not None:
+        out_TD[group.first_row : group.first_row + N * R].view(N, R, K, -1).copy_(o_NRKE)
+    else:
+        out_TD.index_copy_(0, group.out_rows_NR, o_NRKE.reshape(N * R, -1).to(out_TD.dtype))

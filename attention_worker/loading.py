@@ -1,0 +1,42 @@
+"""From settings to a loaded engine; used by the worker's own process and by the fused one."""
+
+from __future__ import annotations
+
+import torch
+
+from attention_worker.config import AttentionWorkerSettings
+from attention_worker.engine import AttentionEngine, AttentionEngineSettings, num_pages_in
+from attention_worker.weights import load_weights
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.device_thread import DeviceThread
+from grokmoe.errors import ConfigError
+from grokmoe.telemetry import AttentionMetrics
+
+
+def load_engine(settings: AttentionWorkerSettings, metrics: AttentionMetrics, device: DeviceThread) -> AttentionEngine:
+    """Reads this role's slice of the checkpoint and allocates the KV pages. Raises StartupError.
+
+    All of it happens on the device thread. Torch keeps a team of threads for every thread that computes; one team for
+    the caller's thread as well would spin on the device thread's cores, so the caller's is reduced to itself.
+    """
+    num_threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(1)
+    return device.call(_load, settings, metrics, device, num_threads)
+
+
+def _load(
+    settings: AttentionWorkerSettings, metrics: AttentionMetrics, device: DeviceThread, num_threads: int
+) -> AttentionEngine:
+    torch.set_num_threads(num_threads)
+    if not settings.model:
+        raise ConfigError("model is missing: the directory of a checkpoint")
+    for name in ("page_size", "max_step_tokens"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} is {getattr(settings, name)}, must be at least 1")
+    dtype = getattr(torch, settings.dtype)
+    with Checkpoint.open(settings.model, settings.variant) as checkpoint:
+        config = checkpoint.config
+        weights = load_weights(checkpoint, dtype, torch.device(settings.device))
+    num_pages = settings.num_pages or num_pages_in(config, dtype, settings.page_size, settings.kv_gib)
+    sizes = AttentionEngineSettings(num_pages, settings.page_size, settings.max_step_tokens)
+    return AttentionEngine(config, weights, sizes, metrics, device)

@@ -1,0 +1,133 @@
+"""grokmoe.v1.Attention over gRPC: decodes, hands over to the engine, encodes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import grpc
+
+from attention_worker.engine import AttentionEngine, MoeInput, StepRun
+from grokmoe import tensors
+from grokmoe.errors import FailedPrecondition, InvalidRequest, to_failure, to_status
+from grokmoe.server import Service, raw_stream, unary
+from grokmoe.step_plan import StepResult, plan_from_proto
+from grokmoe.v1 import attention_pb2
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "grokmoe.v1.Attention"
+
+
+class AttentionService:
+    """Translates between messages and the engine. Holds one step per stream."""
+
+    def __init__(self, engine: AttentionEngine) -> None:
+        self._engine = engine
+
+    def as_service(self) -> Service:
+        """What a server registers."""
+        describe = unary(self.Describe, attention_pb2.AttentionDescribeRequest, attention_pb2.AttentionDescribeResponse)
+        return Service(SERVICE, {"Describe": describe, "Step": raw_stream(self.Step)})
+
+    async def Describe(
+        self, request: attention_pb2.AttentionDescribeRequest, context: Any
+    ) -> attention_pb2.AttentionDescribeResponse:
+        """What this worker is."""
+        engine = self._engine
+        return attention_pb2.AttentionDescribeResponse(
+            config_hash=engine.config.content_hash,
+            incarnation=engine.incarnation,
+            dtype=tensors.wire_dtype(engine.dtype),
+            hidden_size=engine.config.hidden_size,
+            layer_begin=0,
+            layer_end=engine.config.num_layers,
+            num_pages=engine.settings.num_pages,
+            page_size=engine.settings.page_size,
+            max_step_tokens=engine.settings.max_step_tokens,
+            device=str(engine.torch_device),
+        )
+
+    async def Step(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """One lane of steps. A step that fails is answered with a Failure; the lane goes on."""
+        lane = _Lane(self._engine)
+        try:
+            while (data := await context.read()) is not grpc.aio.EOF:
+                for message in await lane.take(bytes(data)):
+                    await context.write(message)
+        except InvalidRequest as error:  # bytes that are no message: nothing on this stream can be trusted any more
+            await context.abort_with_status(to_status(error))
+        finally:
+            lane.close()
+
+
+class _Lane:
+    """The state of one Step stream: the step under way, if any."""
+
+    def __init__(self, engine: AttentionEngine) -> None:
+        self._engine = engine
+        self._run: StepRun | None = None
+        self._step_id = 0
+        self._layer = 0
+        self._rows: tensors.RowAssembler[attention_pb2.StepRequest] = tensors.RowAssembler(
+            attention_pb2.StepRequest, "step_id", engine.settings.max_step_tokens
+        )
+
+    async def take(self, data: bytes) -> list[bytes]:
+        """One message in, the messages that answer it out. Raises InvalidRequest for bytes that are no message."""
+        begin = time.perf_counter_ns()
+        try:
+            whole = self._rows.add(data)
+        except InvalidRequest as error:
+            if not self._rows.failed_id:
+                raise
+            return [self._fail(self._rows.failed_id, error)]
+        if whole is None:
+            return []
+        request, payload = whole
+        try:
+            result = await self._advance(request, payload)
+        except Exception as error:
+            return [self._fail(request.step_id, error)]
+        header = attention_pb2.StepResponse(step_id=request.step_id)
+        header.compute_ns = time.perf_counter_ns() - begin
+        if isinstance(result, MoeInput):
+            self._layer = header.layer = result.layer
+            return list(tensors.encode_rows(header, result.x_TD, "step_id"))
+        self.close()
+        header.result.token_ids.extend(result.token_ids)
+        if result.logits is None:
+            return [tensors.encode(header)]
+        return list(tensors.encode_rows(header, result.logits, "step_id"))
+
+    async def _advance(self, request: attention_pb2.StepRequest, payload: Any) -> MoeInput | StepResult:
+        if request.HasField("plan"):
+            if self._run is not None:
+                raise FailedPrecondition(f"step {self._step_id} is under way on this lane")
+            self._step_id = request.step_id
+            self._run = self._engine.begin(plan_from_proto(request.plan))
+            return await self._engine.device.run(self._run.advance, None)
+        if self._run is None or request.step_id != self._step_id:
+            raise InvalidRequest("step_id", f"is {request.step_id}: no such step is under way on this lane")
+        if request.layer != self._layer:
+            raise InvalidRequest("layer", f"is {request.layer}, the step waits for layer {self._layer}")
+        if payload is None:
+            raise InvalidRequest("payload", "is missing")
+        return await self._engine.device.run(self._run.advance, payload)
+
+    def _fail(self, step_id: int, error: Exception) -> bytes:
+        failure = to_failure(error)
+        if failure.code == grpc.StatusCode.INTERNAL.value[0]:
+            logger.exception("step %d failed", step_id, exc_info=error)
+            self._engine.metrics.steps.labels("failed").inc()
+        if step_id == self._step_id:
+            self.close()
+        return tensors.encode(attention_pb2.StepResponse(step_id=step_id, failure=failure))
+
+    def close(self) -> None:
+        """Drops the step under way."""
+        run, self._run = self._run, None
+        if run is not None:
+            # On the device thread: the forward may be running there this very moment.
+            self._engine.device.post(run.close)

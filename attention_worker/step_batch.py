@@ -1,0 +1,84 @@
+"""One step of the attention worker: chunks of tokens from many sequences, as the tensors that every layer shares.
+
+Shapes: T tokens of the step, C chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from attention_worker.kernels.tiles import Spans, TileGroup, TileShape, plan_tiles
+from grokmoe.step_plan import SequenceChunk
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The step's tensors, built once on the CPU. Rows of a step are its chunks' tokens, one chunk after the other.
+
+    token_ids_T, positions_T, slots_T  int64; slot = page * page_size + offset is where the token's K and V go
+    last_rows_C                        int64; the row of each chunk's last token (the one that gives logits)
+    chunks                             what the batch was built from
+    """
+
+    chunks: tuple[SequenceChunk, ...]
+    page_size: int
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    last_rows_C: torch.Tensor
+    spans: Spans
+    _groups: dict[TileShape, tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def build(cls, chunks: Sequence[SequenceChunk], page_size: int) -> StepBatch:
+        """The batch of `chunks`, in their order; sequences may share pages that hold a common prefix.
+
+        ValueError for a chunk with no tokens, a negative start or page id, or fewer pages than its positions need. Whether
+        a page exists in the cache is not known here.
+        """
+        if page_size < 1:
+            raise ValueError(f"page size {page_size} is not positive")
+        for index, chunk in enumerate(chunks):
+            _check(index, chunk, page_size)
+        length_C = np.array([len(chunk.token_ids) for chunk in chunks], np.int64)
+        start_C = np.array([chunk.start for chunk in chunks], np.int64)
+        num_pages_C = np.array([len(chunk.page_ids) for chunk in chunks], np.int64)
+        end_row_C, page_offset_C = np.cumsum(length_C), np.cumsum(num_pages_C) - num_pages_C
+        first_row_C = end_row_C - length_C
+        pages = _concatenate([chunk.page_ids for chunk in chunks])
+        if pages.size and pages.min() < 0:
+            raise ValueError(f"negative page id {pages.min()}")
+        position_T = np.arange(length_C.sum()) + np.repeat(start_C - first_row_C, length_C)
+        page_T = pages[np.repeat(page_offset_C, length_C) + position_T // page_size]
+        return cls(
+            chunks=tuple(chunks),
+            page_size=page_size,
+            token_ids_T=torch.from_numpy(_concatenate([chunk.token_ids for chunk in chunks])),
+            positions_T=torch.from_numpy(position_T),
+            slots_T=torch.from_numpy(page_T * page_size + position_T % page_size),
+            last_rows_C=torch.from_numpy(end_row_C - 1),
+            spans=Spans(first_row_C, length_C, start_C, page_offset_C, pages),
+        )
+
+    def tile_groups(self, shape: TileShape) -> tuple[TileGroup, ...]:
+        """The CPU kernel's tiling, planned at the step's first layer and kept for the others."""
+        groups = self._groups.get(shape)
+        if groups is None:
+            groups = self._groups[shape] = plan_tiles(self.spans, shape)
+        return groups
+
+
+def _check(index: int, chunk: SequenceChunk, page_size: int) -> None:
+    if not chunk.token_ids or chunk.start < 0:
+        raise ValueError(f"chunk {index}: {len(chunk.token_ids)} tokens from position {chunk.start}")
+    end = chunk.start + len(chunk.token_ids)
+    if len(chunk.page_ids) * page_size < end:
+        raise ValueError(f"chunk {index}: {len(chunk.page_ids)} pages of {page_size} hold no {end} positions")
+
+
+def _concatenate(lists: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.concatenate([np.asarray(x, np.int64) for x in lists]) if lists else np.empty(0, np.int64)

@@ -1,0 +1,64 @@
+"""An attention worker's slice of a checkpoint: embedding, attention, norms and head. Expert weights are not touched.
+
+Letters: V vocabulary, D hidden, Q all query heads, J all KV heads together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from grokmoe import tensor_names as names
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.packed_linear import PackedLinear
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """One layer. Norm gains are float32; qkv is the three projections in one, [Q + 2J, D]."""
+
+    pre_attn_norm_D: torch.Tensor
+    post_attn_norm_D: torch.Tensor
+    pre_moe_norm_D: torch.Tensor
+    post_moe_norm_D: torch.Tensor
+    qkv: PackedLinear
+    o_proj: PackedLinear
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionWeights:
+    """All layers, the embedding table and the head."""
+
+    embedding_VD: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm_D: torch.Tensor
+    head: PackedLinear
+
+
+def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> AttentionWeights:
+    """Reads and packs tensor by tensor; no more than one layer's projections exist twice at any time."""
+
+    def read(name: str, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return checkpoint.read(name, dtype).to(device)
+
+    def gain(name: str) -> torch.Tensor:
+        return read(name, torch.float32)
+
+    config = checkpoint.config
+    embedding_VD = read(names.embed())
+    layers = []
+    for layer in range(config.num_layers):
+        qkv = torch.cat([read(names.attention(layer, part)) for part in ("q_proj", "k_proj", "v_proj")])
+        layers.append(
+            LayerWeights(
+                pre_attn_norm_D=gain(names.norm(layer, "pre_attn_norm")),
+                post_attn_norm_D=gain(names.norm(layer, "post_attn_norm")),
+                pre_moe_norm_D=gain(names.norm(layer, "pre_moe_norm")),
+                post_moe_norm_D=gain(names.norm(layer, "post_moe_norm")),
+                qkv=PackedLinear(qkv),
+                o_proj=PackedLinear(read(names.attention(layer, "o_proj"))),
+            )
+        )
+    head_VD = embedding_VD if config.tie_word_embeddings else read(names.head(config))
+    return AttentionWeights(embedding_VD, tuple(layers), gain(names.final_norm()), PackedLinear(head_VD))

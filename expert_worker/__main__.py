@@ -1,0 +1,113 @@
+"""`python -m expert_worker`: one expert worker as a process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Sequence
+
+import torch
+import uvloop
+
+from expert_worker import weights
+from expert_worker.config import ExpertWorkerSettings, parse_experts
+from expert_worker.engine import ExpertEngine
+from expert_worker.experts import ExpertSet
+from expert_worker.service import ExpertService
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.device_thread import DeviceThread
+from grokmoe.errors import ConfigError, StartupError
+from grokmoe.server import ServerSettings, log_to_stderr, run
+from grokmoe.settings import add_flags, from_namespace
+from grokmoe.telemetry import ExpertMetrics, new_registry
+
+DESCRIPTION = """\
+Serves some or all experts of a Grok-1 model: takes rows sorted by expert, returns one output row for each. It keeps
+nothing between calls, so any number of workers may hold the same experts, and any number of routers may share a
+worker. Calls for one layer that wait at the same time are computed together.
+Prints METRICS <address> and READY <address> on standard output when it can be used; until then the health of
+grokmoe.v1.Expert is NOT_SERVING. SIGTERM ends it after the calls it has begun."""
+
+EPILOG = """\
+examples:
+  all experts of a checkpoint, on the CPU:
+    python -m expert_worker --model /models/grok-1 --listen 0.0.0.0:7101
+  two workers that share the experts; start a third like either of them for a replica:
+    python -m expert_worker --model /models/grok-1 --experts 0-3 --listen 0.0.0.0:7101
+    python -m expert_worker --model /models/grok-1 --experts 4-7 --listen 0.0.0.0:7102
+  experts 0 to 7 in the first half of the layers, and expert 7 in all of them, on the second GPU:
+    python -m expert_worker --model /models/grok-1 --experts 0-7@0-31+7@all --device cuda:1
+
+Every flag can be given as an environment variable: --max-rows as GROKMOE_MAX_ROWS."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until SIGTERM. Returns the exit code: 1, with a message, when it cannot start."""
+    parser = argparse.ArgumentParser(
+        "expert_worker",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    try:
+        add_flags(parser.add_argument_group("worker"), ExpertWorkerSettings)
+        add_flags(parser.add_argument_group("server"), ServerSettings)
+        namespace = parser.parse_args(argv)
+        worker = from_namespace(ExpertWorkerSettings, namespace)
+        server = from_namespace(ServerSettings, namespace)
+        log_to_stderr(server.log_level)
+        if not worker.model:
+            raise ConfigError("--model is missing: the directory of a checkpoint")
+        with Checkpoint.open(worker.model, worker.variant) as checkpoint:
+            uvloop.run(_serve(worker, server, checkpoint))
+    except StartupError as error:
+        print(f"expert_worker: error: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoint: Checkpoint) -> None:
+    """Wires the parts together, serves, and meanwhile loads: health answers from the start."""
+    config = checkpoint.config
+    held = parse_experts(worker.experts, config.num_experts, config.num_layers)
+    experts = ExpertSet(config, held, getattr(torch, worker.dtype), _device(worker.device))
+    registry = new_registry()
+    metrics = ExpertMetrics(registry)
+    device = DeviceThread("expert-device")
+    engine = ExpertEngine(experts, metrics, device, worker.max_batch_rows)
+    is_ready, is_stopping = threading.Event(), threading.Event()
+    service = ExpertService(engine, metrics, worker.max_rows, is_ready.is_set)
+
+    # Torch keeps a team of threads for every thread that computes. The event loop's only copies memory: without this
+    # it would get a team of its own, which would spin on the cores of the device thread's.
+    num_threads = worker.threads or torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def load() -> None:
+        torch.set_num_threads(num_threads)
+        weights.load(experts, checkpoint, is_stopping.is_set)
+        experts.warm_up()
+
+    async def before_ready() -> None:
+        await device.run(load)
+        is_ready.set()
+
+    try:
+        await run(server, [service.as_service()], registry, before_ready)
+    finally:
+        is_stopping.set()
+        device.stop()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: a torch built without CUDA
+        raise ConfigError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

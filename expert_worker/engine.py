@@ -1,0 +1,145 @@
+"""The queue before the device: whatever waits for one layer when the device becomes free is one grouped GEMM."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from expert_worker.experts import ExpertSet
+from expert_worker.joining import RowsByExpert, join
+from grokmoe.device_thread import DeviceThread
+from grokmoe.telemetry import ExpertMetrics
+
+
+class ExpertResult(NamedTuple):
+    """Output rows of one call, and what they cost.
+
+    queue_ns: from submission to the start of the computation. compute_ns and batch_rows: time and rows of the grouped
+    GEMM the call took part in, those of other callers included.
+    """
+
+    rows_ND: torch.Tensor
+    queue_ns: int
+    compute_ns: int
+    batch_rows: int
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Call:
+    layer: int
+    rows: RowsByExpert
+    future: asyncio.Future[ExpertResult]
+    received_ns: int
+
+
+class ExpertEngine:
+    """Computes calls on the device thread, joining those that wait.
+
+    There is no waiting window: a call that finds the device idle begins at once, and calls that arrive while it is
+    busy are joined when it becomes free. The oldest call is always in the next batch, so none starves.
+    Arguments are taken to be valid (`ExpertSet.check`).
+    """
+
+    def __init__(
+        self, experts: ExpertSet, metrics: ExpertMetrics, device: DeviceThread, max_batch_rows: int = 16384
+    ) -> None:
+        self.experts = experts
+        self._metrics = metrics
+        self._device = device
+        self._max_batch_rows = max_batch_rows
+        self._waiting: deque[_Call] = deque()
+        self._lock = threading.Lock()
+        metrics.queue.set_function(lambda: len(self._waiting))
+
+    def forward(
+        self, layer: int, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor
+    ) -> ExpertResult:
+        """Computes one call on the caller's thread, for a process that has the experts on board."""
+        began = time.monotonic_ns()
+        out_ND = self.experts.forward(layer, expert_ids, counts, rows_ND)
+        compute_ns = time.monotonic_ns() - began
+        self._observe(1, RowsByExpert(expert_ids, counts, rows_ND), compute_ns)
+        return ExpertResult(out_ND, 0, compute_ns, len(rows_ND))
+
+    def submit(
+        self, layer: int, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor
+    ) -> asyncio.Future[ExpertResult]:
+        """Queues one call. The future belongs to the running event loop; cancel it to drop a call not yet begun."""
+        future: asyncio.Future[ExpertResult] = asyncio.get_running_loop().create_future()
+        call = _Call(layer, RowsByExpert(expert_ids, counts, rows_ND), future, time.monotonic_ns())
+        with self._lock:
+            self._waiting.append(call)
+        self._device.post(self._compute_next)
+        return future
+
+    def _take(self) -> list[_Call]:
+        """Removes the oldest call and those of its layer that fit beside it; drops what was cancelled."""
+        with self._lock:
+            alive = [call for call in self._waiting if not call.future.cancelled()]
+            batch, left = alive[:1], deque[_Call]()
+            num_rows = len(batch[0].rows.rows_ND) if batch else 0
+            for call in alive[1:]:
+                size = len(call.rows.rows_ND)
+                if call.layer == batch[0].layer and num_rows + size <= self._max_batch_rows:
+                    batch.append(call)
+                    num_rows += size
+                else:
+                    left.append(call)
+            self._waiting = left
+        return batch
+
+    def _compute_next(self) -> None:
+        """One batch, on the device thread. Posted once per call, so a call that was joined leaves an idle turn."""
+        batch = self._take()
+        if not batch:
+            return
+        began = time.monotonic_ns()
+        try:
+            joined = join([call.rows for call in batch])
+            rows = joined.rows
+            out_ND = self.experts.forward(batch[0].layer, rows.expert_ids, rows.counts, rows.rows_ND)
+            outs_ND = joined.split(out_ND)
+        except BaseException as error:  # whatever it is, somebody waits for it, and the thread must live
+            for call in batch:
+                _hand_over(call.future, error)
+            return
+        compute_ns = time.monotonic_ns() - began
+        for call, call_out_ND in zip(batch, outs_ND, strict=True):
+            queue_ns = began - call.received_ns
+            _hand_over(call.future, ExpertResult(call_out_ND, queue_ns, compute_ns, len(out_ND)))
+        for call in batch:
+            self._metrics.queue_time.observe((began - call.received_ns) / 1e9)
+        self._observe(len(batch), rows, compute_ns)
+
+    def _observe(self, num_calls: int, rows: RowsByExpert, compute_ns: int) -> None:
+        metrics = self._metrics
+        metrics.batch_calls.observe(num_calls)
+        metrics.batch_rows.observe(len(rows.rows_ND))
+        metrics.compute_time.observe(compute_ns / 1e9)
+        for expert, count in zip(rows.expert_ids, rows.counts, strict=True):
+            if count:
+                metrics.rows.labels(str(expert)).inc(count)
+
+
+def _hand_over(future: asyncio.Future[ExpertResult], outcome: ExpertResult | BaseException) -> None:
+    """From the device thread to the future's event loop."""
+    try:
+        future.get_loop().call_soon_threadsafe(_settle, future, outcome)
+    except RuntimeError:  # the loop is closed: nobody waits any more
+        return
+
+
+def _settle(future: asyncio.Future[ExpertResult], outcome: ExpertResult | BaseException) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

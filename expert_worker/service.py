@@ -1,0 +1,206 @@
+"""grokmoe.v1.Expert over gRPC: decodes, validates, hands over to the engine, encodes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import torch
+
+from expert_worker.engine import ExpertEngine, ExpertResult
+from grokmoe import tensors
+from grokmoe.errors import InvalidRequest, Unavailable, to_failure, to_status
+from grokmoe.server import Service, raw_stream, unary
+from grokmoe.telemetry import ExpertMetrics
+from grokmoe.v1 import expert_pb2
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "grokmoe.v1.Expert"
+
+MAX_IN_FLIGHT = 8
+"""Requests of one stream between their last message and their answer. Beyond it the stream is not read, which makes
+the caller's writes wait: memory per stream is bounded by this many requests of max_rows rows, and their results."""
+
+
+class ExpertService:
+    """Describe and Forward. Refuses both with UNAVAILABLE until `is_ready` says so: the weights are being loaded."""
+
+    def __init__(
+        self, engine: ExpertEngine, metrics: ExpertMetrics, max_rows: int, is_ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._max_rows = max_rows
+        self._is_ready = is_ready
+        self._incarnation = uuid.uuid4().hex
+        self._streams: set[_ForwardStream] = set()
+
+    def as_service(self) -> Service:
+        """What a server registers."""
+        describe = unary(self.Describe, expert_pb2.ExpertDescribeRequest, expert_pb2.ExpertDescribeResponse)
+        handlers = {"Describe": describe, "Forward": raw_stream(self.Forward)}
+        return Service(SERVICE, handlers, drain=self.drain)
+
+    def drain(self) -> None:
+        """Lets every stream answer what it has read, then end."""
+        for stream in self._streams:
+            stream.drain()
+
+    def _check_ready(self) -> None:
+        if not self._is_ready():
+            raise Unavailable("the weights are being loaded")
+
+    async def Describe(
+        self, request: expert_pb2.ExpertDescribeRequest, context: Any
+    ) -> expert_pb2.ExpertDescribeResponse:
+        """What this worker holds."""
+        self._check_ready()
+        experts = self._engine.experts
+        return expert_pb2.ExpertDescribeResponse(
+            config_hash=experts.config.content_hash,
+            incarnation=self._incarnation,
+            dtype=tensors.wire_dtype(experts.dtype),
+            hidden_size=experts.config.hidden_size,
+            experts=[
+                expert_pb2.ExpertRange(expert=expert, layer_begin=begin, layer_end=end)
+                for expert, begin, end in experts.ranges()
+            ],
+            max_rows=self._max_rows,
+            device=str(experts.device),
+        )
+
+    async def Forward(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Requests in, answers out as they are ready. A request that fails is answered with a Failure; the stream
+        ends only with bytes that are no ForwardRequest, because after those nothing on it can be trusted."""
+        stream = _ForwardStream(self._engine, self._metrics, self._max_rows, context)
+        self._streams.add(stream)
+        try:
+            self._check_ready()
+            await stream.serve()
+        except (InvalidRequest, Unavailable) as error:
+            await context.abort_with_status(to_status(error))
+        finally:
+            self._streams.discard(stream)
+            stream.drop()
+
+
+class _ForwardStream:
+    """The state of one Forward stream: unfinished requests, and those between reading and answering."""
+
+    def __init__(
+        self,
+        engine: ExpertEngine,
+        metrics: ExpertMetrics,
+        max_rows: int,
+        context: grpc.aio.ServicerContext[bytes, bytes],
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._max_rows = max_rows
+        self._context = context
+        self._rows: tensors.RowAssembler[expert_pb2.ForwardRequest] = tensors.RowAssembler(
+            expert_pb2.ForwardRequest, "request_id", max_rows, engine.experts.config.hidden_size
+        )
+        self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+        self._writing = asyncio.Lock()
+        self._in_flight: dict[int, tuple[asyncio.Future[ExpertResult], asyncio.Task[None]]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._is_draining = False
+
+    async def serve(self) -> None:
+        """Reads until the caller is done, then answers what is left. Raises InvalidRequest for undecodable bytes."""
+        self._reader = asyncio.create_task(self._read())
+        try:
+            await self._reader
+        except asyncio.CancelledError:
+            if not self._is_draining:
+                raise
+        await asyncio.gather(*(task for _, task in self._in_flight.values()))
+
+    def drain(self) -> None:
+        """Reads no more; `serve` returns when all that was read is answered."""
+        self._is_draining = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+    def drop(self) -> None:
+        """Cancels what has not been answered."""
+        if self._reader is not None:
+            self._reader.cancel()
+        for future, task in self._in_flight.values():
+            future.cancel()
+            task.cancel()
+
+    async def _read(self) -> None:
+        while (data := await self._context.read()) is not grpc.aio.EOF:
+            try:
+                whole = self._rows.add(bytes(data))
+            except InvalidRequest as error:
+                self._metrics.requests.labels("refused").inc()
+                if self._rows.failed_id is None:
+                    raise
+                await self._fail(self._rows.failed_id, error)
+                continue
+            if whole is None:
+                continue
+            request, rows_ND = whole
+            try:
+                rows_ND = self._checked(request, rows_ND)
+            except InvalidRequest as error:
+                self._metrics.requests.labels("refused").inc()
+                await self._fail(request.request_id, error)
+                continue
+            await self._slots.acquire()
+            future = self._engine.submit(request.layer, tuple(request.expert_ids), tuple(request.counts), rows_ND)
+            task = asyncio.create_task(self._answer(request.request_id, future))
+            self._in_flight[request.request_id] = future, task
+
+    def _checked(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor | None) -> torch.Tensor:
+        """The rows, once nothing about the request can fail but the computation."""
+        if request.request_id in self._in_flight:
+            raise InvalidRequest("request_id", f"is {request.request_id}, which is in flight on this stream")
+        checked_ND = self._engine.experts.check(request.layer, request.expert_ids, request.counts, rows_ND)
+        if len(checked_ND) > self._max_rows:
+            raise InvalidRequest("payload.shape", f"has {len(checked_ND)} rows, limit is {self._max_rows}")
+        return checked_ND
+
+    async def _answer(self, request_id: int, future: asyncio.Future[ExpertResult]) -> None:
+        """Awaits one result and writes it.
+
+        Encoding stays on the event loop: it is one memory copy of at most MAX_CHUNK_BYTES between two writes, done
+        holding the interpreter's lock in any thread. The lock is per message, so that a small answer can slip in
+        between the parts of a large one.
+        """
+        try:
+            try:
+                result = await future
+            except Exception as error:
+                logger.exception("request %d failed", request_id, exc_info=error)
+                self._metrics.requests.labels("failed").inc()
+                await self._fail(request_id, error)
+                return
+            header = expert_pb2.ForwardResponse(
+                request_id=request_id,
+                queue_ns=result.queue_ns,
+                compute_ns=result.compute_ns,
+                batch_rows=result.batch_rows,
+            )
+            for message in tensors.encode_rows(header, result.rows_ND, "request_id"):
+                async with self._writing:
+                    await self._context.write(message)
+            self._metrics.requests.labels("ok").inc()
+        except grpc.aio.BaseError as error:
+            logger.debug("request %d: the caller is gone: %s", request_id, error)
+        finally:
+            del self._in_flight[request_id]
+            self._slots.release()
+
+    async def _fail(self, request_id: int, error: Exception) -> None:
+        message = tensors.encode(expert_pb2.ForwardResponse(request_id=request_id, failure=to_failure(error)))
+        async with self._writing:
+            await self._context.write(message)

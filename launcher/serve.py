@@ -1,0 +1,110 @@
+"""`grokmoe serve`: router, attention and experts in one process. Nothing on the way of a token but function calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+
+from attention_worker.config import AttentionWorkerSettings
+from attention_worker.engine import AttentionEngine
+from attention_worker.loading import load_engine as load_attention
+from expert_worker import weights as expert_weights
+from expert_worker.config import ALL, parse_experts
+from expert_worker.engine import ExpertEngine
+from expert_worker.experts import ExpertSet
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.device_thread import DeviceThread
+from grokmoe.server import ServerSettings, log_to_stderr, run
+from grokmoe.settings import setting
+from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
+from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
+from router.config import RouterSettings
+from router.loading import build_engine, build_service, load_model
+from router.moe import LocalExperts
+from router.transport.base import AttentionInfo
+from router.transport.local import LocalAttentionLink
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSettings:
+    """What `grokmoe serve` takes."""
+
+    model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
+    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
+    dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
+    host: str = setting(DEFAULT_HOST, "host to serve on")
+    port: int = setting(DEFAULT_PORT, "port to serve on; 0: any free one")
+    metrics_port: int = setting(0, "port of the Prometheus endpoint; 0: any free one, -1: none")
+    threads: int = setting(0, "threads of one operation; 0: torch's choice")
+    page_size: int = setting(32, "positions per KV page")
+    kv_gib: float = setting(1.0, "memory for KV pages in GiB")
+    max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
+    max_running: int = setting(256, "sequences that hold KV pages at the same time")
+    max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    log_level: str = setting("info", "what is logged to standard error", choices=("debug", "info", "warning", "error"))
+
+
+def describe(engine: AttentionEngine) -> AttentionInfo:
+    """What an attention worker would say of itself over the wire."""
+    return AttentionInfo(
+        config_hash=engine.config.content_hash,
+        incarnation=engine.incarnation,
+        dtype=engine.dtype,
+        layer_begin=0,
+        layer_end=engine.config.num_layers,
+        num_pages=engine.settings.num_pages,
+        page_size=engine.settings.page_size,
+        max_step_tokens=engine.settings.max_step_tokens,
+        device=str(engine.torch_device),
+    )
+
+
+def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertMetrics) -> LocalExperts:
+    """All experts of the model, to be called on the device thread, which also packs them."""
+    with Checkpoint.open(settings.model, settings.variant) as checkpoint:
+        config = checkpoint.config
+        held = parse_experts(ALL, config.num_experts, config.num_layers)
+        experts = ExpertSet(config, held, getattr(torch, settings.dtype), torch.device("cpu"))
+        device.call(expert_weights.load, experts, checkpoint)
+    engine = ExpertEngine(experts, metrics, device)
+    return lambda layer, expert_ids, counts, rows_ND: engine.forward(layer, expert_ids, counts, rows_ND).rows_ND
+
+
+async def serve(settings: ServeSettings) -> None:
+    """Loads the model and serves until a signal comes. Raises StartupError."""
+    log_to_stderr(settings.log_level)
+    registry = new_registry()
+    common = {"model": settings.model, "variant": settings.variant, "dtype": settings.dtype}
+    router = RouterSettings(
+        **common,
+        max_step_tokens=settings.max_step_tokens,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+    )
+    model = load_model(router)
+    attention = load_attention(
+        AttentionWorkerSettings(
+            **common,
+            threads=settings.threads,
+            page_size=settings.page_size,
+            kv_gib=settings.kv_gib,
+            max_step_tokens=settings.max_step_tokens,
+        ),
+        AttentionMetrics(registry),
+        DeviceThread(),
+    )
+    experts = load_experts(settings, attention.device, ExpertMetrics(registry))
+    link = LocalAttentionLink(attention, describe(attention))
+    engine = build_engine(model, router, [link], RouterMetrics(registry), experts)
+    server = ServerSettings(listen=f"{settings.host}:{settings.port}", metrics_port=settings.metrics_port)
+
+    async def join() -> None:
+        await engine.start()
+        print(f"serving {model.name} in {settings.dtype}, all roles in this process", file=sys.stderr, flush=True)
+
+    try:
+        await run(server, [build_service(model, engine).as_service()], registry, before_ready=join)
+    finally:
+        await engine.close()

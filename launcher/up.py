@@ -1,0 +1,205 @@
+"""`grokmoe up`: the split topology on one host, every role a process, Unix sockets between them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from attention_worker.config import AttentionWorkerSettings
+from expert_worker.config import ExpertWorkerSettings
+from grokmoe.errors import ConfigError
+from grokmoe.model_config import ModelConfig
+from grokmoe.server import ServerSettings, stop_signal
+from grokmoe.settings import setting, to_flags
+from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
+from launcher.process import RoleProcess
+from router.config import RouterSettings
+from router.placement import spread
+
+
+@dataclasses.dataclass(frozen=True)
+class UpSettings:
+    """What `grokmoe up` takes."""
+
+    model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
+    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
+    dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
+    experts: int = setting(2, "expert worker processes", metavar="N")
+    attention: int = setting(1, "attention worker processes", metavar="M")
+    expert_replicas: int = setting(1, "workers that hold each expert", metavar="R")
+    host: str = setting(DEFAULT_HOST, "host the router serves on")
+    port: int = setting(DEFAULT_PORT, "port the router serves on; 0: any free one")
+    state: str = setting("", "file to write addresses and process ids to, as JSON", metavar="FILE")
+    lanes: int = setting(1, "steps in flight per attention worker")
+    page_size: int = setting(32, "positions per KV page")
+    kv_gib: float = setting(1.0, "memory for KV pages of each attention worker in GiB")
+    max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
+    max_running: int = setting(256, "sequences per attention worker that hold KV pages")
+    max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    threads: int = setting(0, "threads of each worker; 0: the cores shared out among the workers of a role")
+
+
+Report = Callable[[str], None]
+
+
+class Cluster:
+    """The processes of one `grokmoe up`. Use as an async context manager: leaving it ends them all."""
+
+    def __init__(self, settings: UpSettings, report: Report = lambda line: None) -> None:
+        """report: receives a line per process when it is ready. Raises ConfigError for counts that cannot be."""
+        if settings.attention < 1:
+            raise ConfigError(f"attention is {settings.attention}, must be at least 1")
+        self.settings, self._report = settings, report
+        self._directory = Path(tempfile.mkdtemp(prefix="grokmoe-"))
+        try:
+            self.workers, self.router = self._plan()
+        except BaseException:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
+
+    def _plan(self) -> tuple[list[RoleProcess], RoleProcess]:
+        s = self.settings
+        num_experts = ModelConfig.from_file(s.model).num_experts
+        common = {"model": str(Path(s.model).resolve()), "variant": s.variant, "dtype": s.dtype}
+        workers = []
+        sizes = {"page_size": s.page_size, "kv_gib": s.kv_gib, "max_step_tokens": s.max_step_tokens}
+        for index in range(s.attention):
+            attention = AttentionWorkerSettings(**common, **sizes, threads=s.threads or _share(s.attention))
+            flags = [*to_flags(attention), *self._serve_flags("attention", index)]
+            workers.append(RoleProcess("attention", index, "attention_worker", flags))
+        for index, held in enumerate(spread(num_experts, s.experts, s.expert_replicas)):
+            experts = ExpertWorkerSettings(
+                **common, experts=",".join(map(str, held)), threads=s.threads or _share(s.experts)
+            )
+            flags = [*to_flags(experts), *self._serve_flags("expert", index)]
+            workers.append(RoleProcess("expert", index, "expert_worker", flags))
+        router = RouterSettings(
+            **common,
+            attention=tuple(self._socket("attention", index) for index in range(s.attention)),
+            experts=tuple(self._socket("expert", index) for index in range(s.experts)),
+            lanes=s.lanes,
+            max_step_tokens=s.max_step_tokens,
+            max_running=s.max_running,
+            max_waiting=s.max_waiting,
+        )
+        flags = [*to_flags(router), *to_flags(ServerSettings(listen=f"{s.host}:{s.port}"))]
+        return workers, RoleProcess("router", 0, "router", flags)
+
+    def _socket(self, role: str, index: int) -> str:
+        return f"unix:{self._directory}/{role}-{index}.sock"
+
+    def _serve_flags(self, role: str, index: int) -> list[str]:
+        return to_flags(ServerSettings(listen=self._socket(role, index)))
+
+    @property
+    def processes(self) -> list[RoleProcess]:
+        """All children, the router first."""
+        return [self.router, *self.workers]
+
+    @property
+    def address(self) -> str:
+        """Where clients connect."""
+        return self.router.address
+
+    async def __aenter__(self) -> Cluster:
+        await self.start()
+        return self
+
+    async def start(self) -> None:
+        """Starts all processes and waits until each is ready. Raises StartupError with a child's own words."""
+        try:
+            for process in self.processes:
+                await process.start()
+            async with asyncio.TaskGroup() as group:
+                for process in self.processes:
+                    group.create_task(self._wait_ready(process))
+        except BaseException as error:
+            await self.stop()
+            if isinstance(error, BaseExceptionGroup):
+                # The router's complaint about a worker that is missing is a consequence, not the cause.
+                raise error.exceptions[0] from None
+            raise
+        if self.settings.state:
+            self._write_state(Path(self.settings.state))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _wait_ready(self, process: RoleProcess) -> None:
+        await process.wait_ready()
+        self._report(f"{process.name} ready: pid {process.pid}, {process.address}, metrics {process.metrics}")
+
+    def _write_state(self, path: Path) -> None:
+        listed = [
+            {
+                "role": process.role,
+                "index": process.index,
+                "pid": process.pid,
+                "address": process.address,
+                "metrics": process.metrics,
+            }
+            for process in self.processes
+        ]
+        # Written beside and renamed: whoever waits for the file never reads half of it.
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(json.dumps({"address": self.address, "processes": listed}, indent=1) + "\n")
+        os.replace(beside, path)
+
+    async def stop(self) -> None:
+        """Ends the router first, so that it does not mourn its workers."""
+        await self.router.stop()
+        await asyncio.gather(*(worker.stop() for worker in self.workers))
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _share(num_workers: int) -> int:
+    """Threads for each of the workers of one role. While one role computes the others mostly wait."""
+    return max(1, (os.cpu_count() or 1) // max(1, num_workers))
+
+
+async def up(settings: UpSettings) -> int:
+    """Runs the cluster until a signal comes or its router ends. Returns the exit code. Raises StartupError."""
+    stop = stop_signal()
+
+    cluster = Cluster(settings, lambda line: print(line, flush=True))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        starting = asyncio.ensure_future(cluster.start())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        await starting
+        print(f"READY {cluster.address}", flush=True)
+        return await _watch(cluster, stopping)
+    finally:
+        stopping.cancel()
+        await cluster.stop()
+
+
+async def _watch(cluster: Cluster, stopping: asyncio.Future[bool]) -> int:
+    """Reports children that end. Returns when a signal came (0) or the router has ended (1)."""
+    ends = {asyncio.ensure_future(process.wait_ended()): process for process in cluster.processes}
+    try:
+        while True:
+            done, _ = await asyncio.wait((stopping, *ends), return_when=asyncio.FIRST_COMPLETED)
+            if stopping in done:
+                return 0
+            for process in [ends.pop(task) for task in done if task in ends]:
+                print(f"{process.name} ended with code {process.returncode}", file=sys.stderr, flush=True)
+                if process is cluster.router:
+                    return 1
+    finally:
+        for task in ends:
+            task.cancel()

@@ -1,0 +1,71 @@
+"""`python -m router`: the router as a process, its workers behind gRPC."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+import uvloop
+
+from grokmoe.errors import ConfigError, GrokmoeError
+from grokmoe.server import ServerSettings, log_to_stderr, run
+from grokmoe.settings import add_flags, from_namespace
+from grokmoe.telemetry import RouterMetrics, new_registry
+from router.config import RouterSettings
+from router.loading import build_engine, build_service, load_model
+from router.transport.grpc import GrpcAttentionLink
+
+DESCRIPTION = """\
+Serves text generation (grokmoe.v1.Generation) with the attention and expert workers at the addresses given. Waits for
+them at start and refuses workers that serve another model. Prints METRICS <address> and READY <address> on standard
+output when it can be used, progress on standard error."""
+
+EPILOG = """\
+example:
+  python -m router --model /models/grok-1 --listen 0.0.0.0:7000 \\
+      --attention attention-0:7001 --experts expert-0:7002,expert-1:7002
+Every flag can be given as an environment variable: --max-running as GROKMOE_MAX_RUNNING."""
+
+
+async def serve(settings: RouterSettings, server: ServerSettings) -> None:
+    """Loads, connects, serves until a signal comes. Raises StartupError, Unavailable when workers stay away."""
+    if not settings.attention:
+        raise ConfigError("attention is empty: name at least one attention worker")
+    model = load_model(settings)
+    registry = new_registry()
+    links = [GrpcAttentionLink(address) for address in settings.attention]
+    engine = build_engine(model, settings, links, RouterMetrics(registry))
+
+    async def join() -> None:
+        await engine.start(lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+
+    try:
+        await run(server, [build_service(model, engine).as_service()], registry, before_ready=join)
+    finally:
+        await engine.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until SIGTERM. Returns the exit code: 1 with a message when it cannot start."""
+    parser = argparse.ArgumentParser(
+        "router", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    try:
+        add_flags(parser.add_argument_group("router"), RouterSettings)
+        add_flags(parser.add_argument_group("server"), ServerSettings)
+        namespace = parser.parse_args(argv)
+        settings = from_namespace(RouterSettings, namespace)
+        server = from_namespace(ServerSettings, namespace)
+        log_to_stderr(server.log_level)
+        torch.set_num_threads(settings.threads)
+        uvloop.run(serve(settings, server))
+    except GrokmoeError as error:
+        print(f"router: error: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

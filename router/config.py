@@ -1,0 +1,63 @@
+"""Settings of the router."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from grokmoe.errors import ConfigError
+from grokmoe.settings import setting
+from router.engine import EngineSettings
+from router.scheduler import SchedulerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings:
+    """What the router serves, where its workers are, and its limits."""
+
+    model: str = setting("", "checkpoint directory: its config, gates and tokenizer are read", metavar="DIR")
+    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
+    dtype: str = setting("bfloat16", "type the workers compute in", choices=("float32", "bfloat16"))
+    model_name: str = setting("", "name the model is served under; empty: the directory's name")
+    attention: tuple[str, ...] = setting([], "addresses of attention workers, comma-separated", metavar="ADDRESSES")
+    experts: tuple[str, ...] = setting([], "addresses of expert workers, comma-separated", metavar="ADDRESSES")
+    placement: str = setting(
+        "",
+        'which workers to use for an expert, in this order: a JSON file {"expert": [worker, ...]}; '
+        "empty: every worker that holds it",
+        metavar="FILE",
+    )
+    threads: int = setting(1, "threads of one operation: gating and combining are small")
+    lanes: int = setting(1, "steps in flight per attention worker")
+    min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")
+    max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
+    max_running: int = setting(256, "sequences per attention worker that hold KV pages")
+    max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    join_timeout: float = setting(600.0, "seconds that workers have to be reachable at start")
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}, must be at least 1")
+
+    def engine_settings(self, context_length: int) -> EngineSettings:
+        """The limits as the engine takes them. Raises ConfigError for values that cannot be."""
+        scheduler = SchedulerSettings(
+            context_length=context_length,
+            max_step_tokens=self.max_step_tokens,
+            max_running=self.max_running,
+            num_lanes=self.lanes,
+            min_lane_rows=self.min_lane_rows,
+        )
+        return EngineSettings(scheduler, max_waiting=self.max_waiting, join_timeout=self.join_timeout)
+
+
+def read_placement(path: str) -> dict[int, list[int]] | None:
+    """Reads a placement table. Raises ConfigError when the file is not one."""
+    if not path:
+        return None
+    try:
+        table = json.loads(Path(path).read_text())
+        return {int(expert): [int(worker) for worker in workers] for expert, workers in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f'placement {path}: not a JSON object {{"expert": [worker, ...]}}: {error}') from error

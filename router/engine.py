@@ -1,0 +1,254 @@
+"""The router's heart: takes requests in, spreads them over attention cells, hands tokens out.
+
+What computes a step is a cell (router.cell); what fills its holes is a MoE (router.moe). Here they are put together,
+and nothing here computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import torch
+
+from grokmoe.errors import ConfigError, GrokmoeError, ResourceExhausted, Unavailable
+from grokmoe.model_config import ModelConfig
+from grokmoe.telemetry import RouterMetrics
+from router.cell import AttentionCell, CellHooks
+from router.experts import ExpertPool
+from router.generation import Generation
+from router.legs import LEGS, Legs
+from router.moe import RowCounter
+from router.scheduler import SchedulerSettings, Step
+from router.sequence import Request
+from router.sequence import Sequence as Sequence_
+from router.transport.base import AttentionLink, Hole
+from router.worker_state import WorkerState
+
+logger = logging.getLogger(__name__)
+
+JOIN_INTERVAL = 0.2
+"""Pause between two attempts to reach workers at start, seconds."""
+
+Connect = Callable[[], Coroutine[Any, Any, None]]
+ProgressLine = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """Limits of admission and of start-up."""
+
+    scheduler: SchedulerSettings
+    max_waiting: int = 1024
+    """Requests that may wait for their first step; one more is refused."""
+    join_timeout: float = 600.0
+    """Seconds the workers have to be reachable at start."""
+
+
+@dataclasses.dataclass
+class LegTotals:
+    """Seconds per leg since start, over `num_steps` steps."""
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(LEGS, 0.0))
+    num_steps: int = 0
+
+
+class Engine:
+    """Requests in, generations out."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        attention_links: Sequence[AttentionLink],
+        make_hole: Callable[[int, Legs], Hole],
+        pool: ExpertPool | None,
+        counter: RowCounter,
+        settings: EngineSettings,
+        metrics: RouterMetrics,
+    ) -> None:
+        """make_hole: (lane, legs) -> who fills the MoE. Lanes of different cells have different numbers.
+
+        pool: the remote experts to wait for at start; None when they are in this process.
+        """
+        self.config, self.pool, self.counter, self.settings, self.metrics = config, pool, counter, settings, metrics
+        num_lanes = settings.scheduler.num_lanes
+        self.cells = [
+            AttentionCell(
+                index,
+                link,
+                config,
+                dtype,
+                settings.scheduler,
+                CellHooks(
+                    make_hole=lambda lane, legs, first=index * num_lanes: make_hole(first + lane, legs),  # type: ignore[misc]
+                    generation_of=lambda sequence: self._generations.get(sequence),
+                    step_done=self._step_done,
+                    rehome=self._rehome,
+                    ended=self._forget,
+                ),
+            )
+            for index, link in enumerate(attention_links)
+        ]
+        self.legs = LegTotals()
+        self._generations: dict[Sequence_, Generation] = {}
+        self._cell_of: dict[Sequence_, AttentionCell] = {}
+        self._arrivals = itertools.count()
+        self._reported = {"preemptions": 0, "queries": 0, "hits": 0}
+        self._reported_rows = [0] * config.num_experts
+        metrics.running.set_function(lambda: self.num_running)
+        metrics.waiting.set_function(lambda: self.num_waiting)
+
+    async def start(self, progress: ProgressLine = lambda line: None) -> None:
+        """Waits until all workers are there and agree on the model, then starts the lanes.
+
+        progress: receives a line whenever a worker joins or the wait goes on.
+        Raises ConfigError when a worker serves another model or an expert has no holder, Unavailable after
+        `join_timeout`.
+        """
+        joins: list[tuple[str, str, Connect]] = [
+            (f"attention worker {cell.index}", cell.link.address, cell.connect) for cell in self.cells
+        ]
+        if self.pool is not None:
+            for member in self.pool.members:
+                connect = _bind(self.pool, member.index)
+                joins.append((f"expert worker {member.index}", member.link.address, connect))
+        joined = itertools.count(1)
+
+        async def join(who: str, address: str, connect: Connect) -> None:
+            while True:
+                try:
+                    await connect()
+                except ConfigError:
+                    raise
+                except (GrokmoeError, TimeoutError) as error:
+                    logger.debug("waiting for %s at %s: %s", who, address, error)
+                    await asyncio.sleep(JOIN_INTERVAL)
+                    continue
+                progress(f"{who} at {address} joined ({next(joined)} of {len(joins)})")
+                return
+
+        try:
+            async with asyncio.timeout(self.settings.join_timeout):
+                async with asyncio.TaskGroup() as group:
+                    for who, address, connect in joins:
+                        group.create_task(join(who, address, connect))
+        except TimeoutError:
+            missing = [f"attention worker {cell.index} at {cell.link.address}" for cell in self.cells if not cell.info]
+            for member in self.pool.members if self.pool else ():
+                if member.info is None:
+                    missing.append(f"expert worker {member.index} at {member.link.address}")
+            raise Unavailable(f"not reachable within {self.settings.join_timeout:g} s: {', '.join(missing)}") from None
+        except ExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+        if self.pool is not None:
+            self.pool.place()
+        for cell in self.cells:
+            cell.start()
+
+    def submit(self, request: Request) -> Generation:
+        """Takes a request in. `Generation.take` gives its tokens; `cancel` must be called if it is left early.
+
+        Raises InvalidRequest when it could never be served, ResourceExhausted when too many wait.
+        """
+        if self.num_waiting >= self.settings.max_waiting:
+            raise ResourceExhausted(f"{self.num_waiting} requests wait already, limit is {self.settings.max_waiting}")
+        sequence = Sequence_(request, next(self._arrivals))
+        generation = Generation(sequence)
+        cell = self._least_loaded()
+        cell.add(sequence)
+        self._generations[sequence], self._cell_of[sequence] = generation, cell
+        self.metrics.prompt_tokens.inc(len(request.prompt_ids))
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a request that nobody waits for any more. Harmless when it has ended."""
+        cell = self._cell_of.get(generation.sequence)
+        if cell is not None:
+            cell.cancel(generation.sequence)
+            self._forget(generation)
+
+    async def close(self) -> None:
+        """Ends lanes and links."""
+        for cell in self.cells:
+            await cell.close()
+        if self.pool is not None:
+            await self.pool.close()
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold pages."""
+        return sum(cell.scheduler.num_running for cell in self.cells if cell.info)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without pages."""
+        return sum(cell.scheduler.num_waiting for cell in self.cells if cell.info)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences preempted since start."""
+        return sum(cell.scheduler.num_preemptions for cell in self.cells if cell.info)
+
+    def check(self) -> None:
+        """Asserts the invariants of all ledgers and that every sequence has its request."""
+        for cell in self.cells:
+            cell.scheduler.check()
+        assert self._generations.keys() == self._cell_of.keys(), "a request without a cell"
+        assert len(self._generations) == self.num_running + self.num_waiting, "orphan request"
+
+    def _least_loaded(self) -> AttentionCell:
+        ready = [cell for cell in self.cells if cell.state is WorkerState.READY]
+        usable = ready or [cell for cell in self.cells if cell.info is not None]
+        if not usable:
+            raise Unavailable("no attention worker has joined yet")
+        return min(usable, key=lambda cell: cell.load)
+
+    def _rehome(self, lost: AttentionCell, sequences: list[Sequence_]) -> None:
+        for sequence in sequences:
+            cell = self._least_loaded()
+            try:
+                cell.add(sequence)
+            except GrokmoeError as error:  # only a cell with fewer pages than the lost one can refuse
+                generation = self._generations[sequence]
+                generation.fail(error)
+                self._forget(generation)
+            else:
+                self._cell_of[sequence] = cell
+
+    def _forget(self, generation: Generation) -> None:
+        self._generations.pop(generation.sequence, None)
+        self._cell_of.pop(generation.sequence, None)
+
+    def _step_done(self, cell: AttentionCell, step: Step, seconds: float, legs: Legs) -> None:
+        metrics = self.metrics
+        self.legs.num_steps += 1
+        for leg, spent in legs.seconds.items():
+            self.legs.seconds[leg] += spent
+            metrics.leg_time.labels(leg).observe(spent)
+        metrics.step_time.observe(seconds)
+        metrics.step_tokens.observe(step.num_tokens)
+        ledger = cell.scheduler.ledger
+        for state, pages in (("used", ledger.num_used), ("cached", ledger.num_cached), ("free", ledger.num_free)):
+            metrics.kv_pages.labels(str(cell.index), state).set(pages)
+        schedulers = [cell.scheduler for cell in self.cells if cell.info]
+        for name, counter, total in (
+            ("preemptions", metrics.preemptions, self.num_preemptions),
+            ("queries", metrics.prefix_queries, sum(each.prefix_queries_tokens for each in schedulers)),
+            ("hits", metrics.prefix_hits, sum(each.prefix_hits_tokens for each in schedulers)),
+        ):
+            # A cell that comes back counts from zero again; a Prometheus counter must not go back.
+            counter.inc(max(0, total - self._reported[name]))
+            self._reported[name] = total
+        for expert, total in enumerate(self.counter.by_expert()):
+            if total > self._reported_rows[expert]:
+                metrics.expert_rows.labels(str(expert)).inc(total - self._reported_rows[expert])
+                self._reported_rows[expert] = total
+
+
+def _bind(pool: ExpertPool, index: int) -> Connect:
+    return lambda: pool.connect(pool.members[index])

@@ -1,0 +1,89 @@
+"""From settings to an engine and its service; used by the router's own process and by the fused one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from grokmoe import tensor_names as names
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.device_thread import DeviceThread
+from grokmoe.errors import ConfigError
+from grokmoe.model_config import ModelConfig
+from grokmoe.telemetry import RouterMetrics
+from grokmoe.tokenizer import Tokenizer
+from router.config import RouterSettings, read_placement
+from router.engine import Engine
+from router.experts import ExpertPool
+from router.legs import Legs
+from router.moe import Gates, LocalExperts, LocalMoe, RemoteMoe, RowCounter
+from router.service import GenerationService
+from router.transport.base import AttentionLink, ExpertLink, Hole
+from router.transport.grpc import GrpcExpertLink
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterModel:
+    """The router's slice of a checkpoint."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    gates: Gates
+    tokenizer: Tokenizer | None
+    name: str
+
+
+def load_model(settings: RouterSettings) -> RouterModel:
+    """Reads config, gates and tokenizer. Raises StartupError."""
+    directory = Path(settings.model)
+    with Checkpoint.open(directory, settings.variant) as checkpoint:
+        config = checkpoint.config
+        gates = [checkpoint.read(names.gate(layer), torch.float32) for layer in range(config.num_layers)]
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(path) if path.exists() else None
+    name = settings.model_name or directory.resolve().name
+    return RouterModel(config, getattr(torch, settings.dtype), Gates.from_weights(gates), tokenizer, name)
+
+
+def build_engine(
+    model: RouterModel,
+    settings: RouterSettings,
+    attention_links: Sequence[AttentionLink],
+    metrics: RouterMetrics,
+    experts: LocalExperts | Sequence[ExpertLink] | None = None,
+) -> Engine:
+    """Puts an engine together.
+
+    experts: a function for experts in this process; otherwise links, or None for gRPC links to the addresses in
+    `settings`.
+    """
+    config, counter = model.config, RowCounter(model.config)
+    pool = None
+    make_hole: Callable[[int, Legs], Hole]
+    if callable(experts):
+        local = experts
+
+        def make_hole(lane: int, legs: Legs) -> Hole:
+            return LocalMoe(config, model.gates, local, counter, legs)
+
+    else:
+        links = [GrpcExpertLink(address) for address in settings.experts] if experts is None else list(experts)
+        if not links:
+            raise ConfigError("experts is empty: name at least one expert worker")
+        pool = ExpertPool(config, model.dtype, links, read_placement(settings.placement))
+        compute = DeviceThread("router-compute")
+        remote = pool
+
+        def make_hole(lane: int, legs: Legs) -> Hole:
+            return RemoteMoe(config, model.gates, remote, counter, compute, lane, legs)
+
+    engine_settings = settings.engine_settings(config.context_length)
+    return Engine(config, model.dtype, attention_links, make_hole, pool, counter, engine_settings, metrics)
+
+
+def build_service(model: RouterModel, engine: Engine) -> GenerationService:
+    """The public service over an engine."""
+    return GenerationService(engine, model.tokenizer, model.name, str(model.dtype).removeprefix("torch."))

@@ -1,0 +1,139 @@
+"""The MoE of one layer: gate, plan, gather, send, combine. Fills the hole in an attention worker's forward.
+
+Letters: T tokens, D hidden, E experts, N rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from grokmoe.device_thread import DeviceThread
+from grokmoe.model_config import ModelConfig
+from router import dispatch
+from router.experts import ExpertPool
+from router.gating import gate
+from router.legs import Legs
+
+INLINE_ELEMENTS = 64 * 1024
+"""MoE inputs up to this many elements are gated and combined on the event loop, larger ones on the compute thread:
+below it a hand-over to another thread and back costs more than the work itself."""
+
+LocalExperts = Callable[[int, tuple[int, ...], tuple[int, ...], torch.Tensor], torch.Tensor]
+"""(layer, expert_ids, counts, rows_ND) -> rows_ND, on the caller's thread."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates:
+    """The router's only weights: one matrix per layer, float32, [D, E]."""
+
+    per_layer: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def from_weights(cls, weights: Sequence[torch.Tensor]) -> Gates:
+        """weights: per layer the checkpoint's [E, D]."""
+        return cls(tuple(weight.float().t().contiguous() for weight in weights))
+
+
+class RowCounter:
+    """Rows per layer and expert since start, [L, E]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.rows_LE = [[0] * config.num_experts for _ in range(config.num_layers)]
+
+    def add(self, layer: int, plan: dispatch.DispatchPlan) -> None:
+        """Counts one call."""
+        row = self.rows_LE[layer]
+        for shard in plan.shards:
+            for expert, count in zip(shard.expert_ids, shard.counts, strict=True):
+                row[expert] += count
+
+    def by_expert(self) -> list[int]:
+        """Rows per expert, all layers."""
+        return [sum(column) for column in zip(*self.rows_LE, strict=True)]
+
+
+class RemoteMoe:
+    """Fills holes with experts behind links. One instance per lane and step."""
+
+    is_local = False
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        gates: Gates,
+        pool: ExpertPool,
+        counter: RowCounter,
+        compute: DeviceThread,
+        lane: int,
+        legs: Legs,
+    ) -> None:
+        self._config, self._gates, self._pool = config, gates, pool
+        self._counter, self._compute, self._lane, self._legs = counter, compute, lane, legs
+
+    async def fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """MoE input -> MoE output. Raises Unavailable when an expert has no replica left."""
+        workers = await self._pool.choose(layer)
+        inline = x_TD.numel() <= INLINE_ELEMENTS
+        if inline:
+            plan, rows_ND = self._scatter(layer, x_TD, workers)
+        else:
+            plan, rows_ND = await self._compute.run(self._scatter, layer, x_TD, workers)
+        self._counter.add(layer, plan)
+        out_ND = await self._pool.forward(self._lane, layer, plan.shards, rows_ND, self._legs)
+        if inline:
+            return self._combine(plan, out_ND)
+        return await self._compute.run(self._combine, plan, out_ND)
+
+    def fill_now(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """Never: the experts are elsewhere."""
+        raise AssertionError("experts are remote")
+
+    def _scatter(
+        self, layer: int, x_TD: torch.Tensor, workers: Sequence[int]
+    ) -> tuple[dispatch.DispatchPlan, torch.Tensor]:
+        with self._legs.time("gate"):
+            weights_TK, expert_ids_TK = gate(x_TD, self._gates.per_layer[layer], self._config)
+        with self._legs.time("dispatch"):
+            plan = dispatch.plan(expert_ids_TK, weights_TK, workers)
+            return plan, dispatch.gather(plan, x_TD)
+
+    def _combine(self, plan: dispatch.DispatchPlan, out_ND: torch.Tensor) -> torch.Tensor:
+        with self._legs.time("combine"):
+            return dispatch.combine(plan, out_ND)
+
+
+class LocalMoe:
+    """Fills holes with experts in this process, on the thread that runs the attention."""
+
+    is_local = True
+
+    def __init__(
+        self, config: ModelConfig, gates: Gates, experts: LocalExperts, counter: RowCounter, legs: Legs
+    ) -> None:
+        self._config, self._gates, self._experts = config, gates, experts
+        self._counter, self._legs = counter, legs
+        self._one_worker = [0] * config.num_experts
+
+    async def fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """Never: whoever has local experts calls `fill_now`."""
+        raise AssertionError("experts are local")
+
+    def fill_now(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """MoE input -> MoE output, on the caller's thread."""
+        legs = self._legs
+        with legs.time("gate"):
+            weights_TK, expert_ids_TK = gate(x_TD, self._gates.per_layer[layer], self._config)
+        with legs.time("dispatch"):
+            plan = dispatch.plan(expert_ids_TK, weights_TK, self._one_worker)
+            rows_ND = dispatch.gather(plan, x_TD)
+        self._counter.add(layer, plan)
+        if not plan.shards:
+            return x_TD
+        shard = plan.shards[0]
+        with legs.time("expert"):
+            out_ND = self._experts(layer, shard.expert_ids, shard.counts, rows_ND)
+        with legs.time("combine"):
+            return dispatch.combine(plan, out_ND)

@@ -1,0 +1,374 @@
+"""Who computes what next on one attention worker: continuous batching, chunked prefill, preemption, prefix reuse.
+
+The engine's loop per lane is three statements: `step = scheduler.schedule()`, run it, and
+`scheduler.complete(step, tokens)` or `scheduler.fail(step)`. Each lane has one step in flight; any may end first.
+
+A step is filled in this order, within its budget of tokens: decodes, then prefills begun earlier, then admissions;
+within each the oldest first. A sequence gets pages for all its tokens at admission, so only a decode can find no
+page; then the youngest sequence gives up its pages and is recomputed later. Nothing here waits or sends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence as Listed
+
+from grokmoe.errors import ConfigError, InvalidRequest
+from router.pages import PageLedger, extend_page_hashes
+from router.sequence import FinishReason, Sequence, SequenceQueue, SequenceState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerSettings:
+    """Limits and sizes. ConfigError names the one that cannot be."""
+
+    context_length: int
+    """Most tokens of a sequence, prompt and output together: the model's."""
+    max_step_tokens: int = 2048
+    """Tokens computed in one step, over all its sequences."""
+    max_running: int = 256
+    """Sequences that hold pages at the same time."""
+    max_chunk_tokens: int | None = None
+    """Tokens of one sequence in one step; None: `max_step_tokens`."""
+    num_lanes: int = 1
+    """Steps in flight at the same time."""
+    min_lane_rows: int = 16
+    """Decodes are split over lanes only if each gets this many: a smaller part reads the same weights for less."""
+    admission_watermark: float = 0.01
+    """Part of the pages that admission leaves to the decodes of running sequences, so that they are not preempted
+    at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "max_step_tokens", "max_running", "num_lanes", "min_lane_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
+            raise ConfigError(f"max_chunk_tokens is {self.max_chunk_tokens}, must be at least 1 or None")
+        if not 0 <= self.admission_watermark < 1:
+            raise ConfigError(f"admission_watermark is {self.admission_watermark}, must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence in a step, at positions `start`, `start + 1`, ...
+
+    `page_ids` are the pages of positions 0 to the chunk's end. `wants_token`: the last token's successor is drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    token_ids: tuple[int, ...]
+    page_ids: tuple[int, ...]
+    wants_token: bool
+
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.start + len(self.token_ids)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """Chunks of different sequences, computed together. Given back once: to `complete` or to `fail`."""
+
+    chunks: tuple[Chunk, ...]
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @functools.cached_property
+    def num_decodes(self) -> int:
+        """Chunks of one token that draw the next."""
+        return sum(chunk.wants_token and len(chunk.token_ids) == 1 for chunk in self.chunks)
+
+
+class Scheduler:
+    """Decides for one attention worker: nobody else changes its sequences or its ledger.
+
+    Counters, for metrics; recomputations do not count as queries or hits:
+        num_preemptions: sequences preempted for want of pages.
+        prefix_queries_tokens: tokens looked up in the prefix cache.
+        prefix_hits_tokens: of those, tokens found.
+    """
+
+    def __init__(self, settings: SchedulerSettings, ledger: PageLedger) -> None:
+        self.settings = settings
+        self.ledger = ledger
+        self._waiting = SequenceQueue()
+        self._running = SequenceQueue()
+        self._in_flight: dict[Step, None] = {}
+        self.num_preemptions = 0
+        self.prefix_queries_tokens = 0
+        self.prefix_hits_tokens = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without pages."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with pages, cancelled ones not counted."""
+        return len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps given out and not back yet."""
+        return len(self._in_flight)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Most tokens, prompt and output, of a sequence that can be served here."""
+        # The last token is sent to the client and never computed: it needs no page.
+        return min(self.settings.context_length, self.ledger.num_pages * self.ledger.page_size + 1)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens (prompt + max_tokens) can be served here, alone if need be."""
+        return min(num_tokens, self.settings.context_length) <= self.max_sequence_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a waiting sequence, new or from another worker. InvalidRequest if it could never be served."""
+        assert sequence.state is SequenceState.WAITING, sequence
+        num_prompt, max_tokens = len(sequence.request.prompt_ids), sequence.request.max_tokens
+        if num_prompt >= self.settings.context_length:
+            limit = self.settings.context_length - 1
+            raise InvalidRequest("prompt", f"has {num_prompt} tokens, the context allows at most {limit}")
+        if not self.fits(num_prompt + max_tokens):
+            limit = self.max_sequence_tokens
+            if num_prompt >= limit:
+                raise InvalidRequest("prompt", f"has {num_prompt} tokens, the KV pages hold at most {limit - 1}")
+            limit -= num_prompt
+            raise InvalidRequest("stopping.max_tokens", f"is {max_tokens}, the KV pages leave room for {limit}")
+        self._waiting.add(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forgets a sequence, if it is not over. Its pages come free now, or when its step in flight ends."""
+        if sequence.is_over:
+            return
+        (self._waiting if sequence.state is SequenceState.WAITING else self._running).remove(sequence)
+        sequence.cancel()
+        if not sequence.in_flight:
+            self._release(sequence)
+
+    def schedule(self) -> Step | None:
+        """The next step. None: no lane is free, or nothing can be done until a step ends or a request comes."""
+        if len(self._in_flight) >= self.settings.num_lanes:
+            return None
+        budget = self.settings.max_step_tokens
+        ready = [sequence for sequence in self._running if not sequence.in_flight]
+        decodes = [sequence for sequence in ready if sequence.num_to_compute == 1]
+        prefills = [sequence for sequence in ready if sequence.num_to_compute > 1]
+        num_preemptions = self.num_preemptions
+        chunks: list[Chunk] = []
+        for sequence in decodes[: min(budget, self._lane_share(len(decodes)))]:
+            if sequence.state is SequenceState.RUNNING and self._extend(sequence):
+                chunks.append(self._chunk(sequence, 1))
+        budget -= len(chunks)
+        for sequence in prefills:
+            if budget and sequence.state is SequenceState.RUNNING:
+                chunks.append(self._chunk(sequence, budget))
+                budget -= len(chunks[-1].token_ids)
+        # Who was just preempted must not come back in the same step to take the pages it gave up.
+        while budget and self.num_preemptions == num_preemptions and (admitted := self._admit_oldest()):
+            chunks.append(self._chunk(admitted, budget))
+            budget -= len(chunks[-1].token_ids)
+        if not chunks:
+            return None
+        step = Step(tuple(chunks))
+        self._in_flight[step] = None
+        return step
+
+    def complete(self, step: Step, token_ids: Listed[int]) -> list[tuple[Sequence, int, FinishReason | None]]:
+        """Takes in what a step computed: `token_ids` holds one token per chunk that wants one, in their order.
+
+        Returns each sequence that got a token, the token, and why it ended if it did. A step from before
+        `drain_all` is ignored.
+        """
+        if not self._take_back(step):
+            return []
+        assert len(token_ids) == sum(chunk.wants_token for chunk in step.chunks), "tokens and chunks differ"
+        drawn = iter(token_ids)
+        results: list[tuple[Sequence, int, FinishReason | None]] = []
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
+            self._publish(chunk)
+            token_id = next(drawn) if chunk.wants_token else None
+            if sequence.is_over:
+                self._release(sequence)
+            elif token_id is not None:
+                sequence.append(token_id)
+                reason = self._finish_reason(sequence, token_id)
+                if reason:
+                    sequence.finish(reason)
+                    self._running.remove(sequence)
+                    self._release(sequence)
+                results.append((sequence, token_id, reason))
+        return results
+
+    def fail(self, step: Step) -> None:
+        """Takes back a step that was lost: nothing it computed is trusted, its sequences wait to be recomputed.
+
+        The worker must be done with the step: its pages go to others, and a late write would spoil them. Pages
+        published by earlier steps stay known. A step from before `drain_all` is ignored.
+        """
+        if not self._take_back(step):
+            return
+        for chunk in step.chunks:
+            if chunk.sequence.is_over:
+                self._release(chunk.sequence)
+            else:
+                self._requeue(chunk.sequence)
+
+    def drain_all(self) -> list[Sequence]:
+        """Gives up every sequence, oldest first and ready for another worker: this one is lost or starts anew.
+
+        Steps in flight and all pages are forgotten.
+        """
+        for step in list(self._in_flight):
+            self._take_back(step)
+            for chunk in step.chunks:
+                chunk.sequence.drop_pages()
+        for sequence in list(self._running):
+            sequence.drop_pages()
+            self._running.remove(sequence)
+            sequence.requeue()
+            self._waiting.add(sequence)
+        drained = list(self._waiting)
+        for sequence in drained:
+            sequence.page_hashes.clear()  # another worker's pages may have another size
+        self._waiting.clear()
+        self.ledger.reset()
+        return drained
+
+    def check(self) -> None:
+        """Asserts what must always hold: a page has as many references as sequences that list it, and so on."""
+        self.ledger.check()
+        flying = [chunk.sequence for step in self._in_flight for chunk in step.chunks]
+        holders = {*self._running, *flying}
+        listed = Counter(page_id for sequence in holders for page_id in sequence.page_ids)
+        for page_id in range(self.ledger.num_pages):
+            assert self.ledger.num_references(page_id) == listed[page_id], f"page {page_id}: {listed[page_id]} listed"
+        assert len(set(flying)) == len(flying), "a sequence is in two steps"
+        assert len(self._in_flight) <= self.settings.num_lanes, "more steps than lanes"
+        assert len(self._running) <= self.settings.max_running, "too many running"
+        for sequence in holders:
+            assert sequence.in_flight == (sequence in flying), sequence
+            assert sequence.num_computed < sequence.num_tokens, sequence
+            num_pages = self.ledger.pages_for(sequence.num_tokens)
+            assert num_pages - 1 <= len(sequence.page_ids) <= num_pages, sequence
+        for sequence in self._running:
+            assert sequence.state is SequenceState.RUNNING, sequence
+        for sequence in self._waiting:
+            assert sequence.state is SequenceState.WAITING, sequence
+            assert not any((sequence.page_ids, sequence.num_computed, sequence.in_flight)), sequence
+
+    def _lane_share(self, num_ready: int) -> int:
+        """How many of the decodes that are ready the next step takes.
+
+        With all decodes, ready or in flight, enough for n lanes, n steps share them. When n steps with decodes are
+        in flight already, the others wait to join one of them: else a few decodes that once came out of step would
+        read all weights for themselves for the rest of their lives.
+        """
+        in_flight = [step.num_decodes for step in self._in_flight if step.num_decodes]
+        num_decodes = num_ready + sum(in_flight)
+        num_shares = max(1, min(self.settings.num_lanes, num_decodes // self.settings.min_lane_rows))
+        return 0 if len(in_flight) >= num_shares else math.ceil(num_decodes / num_shares)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        """The next tokens of a sequence that holds the pages for them; marks it as in flight."""
+        limit = self.settings.max_chunk_tokens or self.settings.max_step_tokens
+        start = sequence.num_computed
+        end = start + min(sequence.num_to_compute, budget, limit)
+        sequence.in_flight = True
+        return Chunk(
+            sequence,
+            start,
+            token_ids=tuple(sequence.all_ids[start:end]),
+            page_ids=sequence.page_ids[: self.ledger.pages_for(end)],
+            wants_token=end == sequence.num_tokens,
+        )
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """Sees to it that a decode has a page for its position, if need be at the cost of younger sequences.
+
+        False: it has to sit out, since all younger ones are in flight or it is itself the youngest. It keeps its
+        pages: an older one takes them if it must.
+        """
+        if len(sequence.page_ids) == self.ledger.pages_for(sequence.num_tokens):
+            return True
+        while (page_ids := self.ledger.allocate(1)) is None:
+            youngest = next(other for other in reversed(self._running) if not other.in_flight)
+            if youngest is sequence:
+                return False
+            youngest.num_preemptions += 1
+            self.num_preemptions += 1
+            self._requeue(youngest)
+        sequence.page_ids += tuple(page_ids)
+        return True
+
+    def _admit_oldest(self) -> Sequence | None:
+        """Admits the oldest waiting sequence if there is room. Nobody overtakes it if there is none."""
+        if not self._waiting or len(self._running) >= self.settings.max_running:
+            return None
+        sequence, ledger = self._waiting.oldest, self.ledger
+        shared: list[int] = []
+        if not sequence.request.logits:
+            # One token at least is left to compute: its logits give the next.
+            num_full = (sequence.num_tokens - 1) // ledger.page_size
+            extend_page_hashes(sequence.page_hashes, sequence.all_ids, ledger.page_size, num_full)
+            shared = ledger.match(sequence.page_hashes[:num_full])
+        num_new = ledger.pages_for(sequence.num_tokens) - len(shared)
+        reserve = math.ceil(self.settings.admission_watermark * ledger.num_pages) if self._running else 0
+        if ledger.num_available_beside(shared) < num_new + reserve:
+            return None
+        ledger.acquire(shared)
+        new = ledger.allocate(num_new)
+        assert new is not None
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
+        sequence.admit((*shared, *new), len(shared) * ledger.page_size)
+        if sequence.num_admissions == 1 and not sequence.request.logits:
+            self.prefix_queries_tokens += sequence.num_tokens
+            self.prefix_hits_tokens += sequence.num_cached_tokens
+        return sequence
+
+    def _publish(self, chunk: Chunk) -> None:
+        """Makes the pages known that this chunk filled."""
+        sequence, page_size = chunk.sequence, self.ledger.page_size
+        num_full = chunk.end // page_size
+        extend_page_hashes(sequence.page_hashes, sequence.all_ids, page_size, num_full)
+        for index in range(chunk.start // page_size, num_full):
+            self.ledger.publish(sequence.page_ids[index], sequence.page_hashes[index])
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Why the sequence ends with this token, its last; None if it goes on."""
+        if token_id in sequence.request.stop_ids:
+            return FinishReason.STOP
+        if sequence.num_outputs == sequence.request.max_tokens or sequence.num_tokens == self.settings.context_length:
+            return FinishReason.LENGTH
+        return None
+
+    def _take_back(self, step: Step) -> bool:
+        """Ends a step's flight. False if it is none of ours."""
+        if step not in self._in_flight:
+            return False
+        del self._in_flight[step]
+        for chunk in step.chunks:
+            chunk.sequence.in_flight = False
+        return True
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Takes a running sequence's pages; it waits for recomputation, ahead of all that arrived later."""
+        self._running.remove(sequence)
+        self._release(sequence)
+        sequence.requeue()
+        self._waiting.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.ledger.release(sequence.drop_pages())

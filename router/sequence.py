@@ -1,0 +1,227 @@
+"""One request's life: what was asked, what was drawn so far, and where its keys and values lie.
+
+    WAITING --admit--> RUNNING --finish--> FINISHED
+       ^                  |
+       +-----requeue------+        cancel: from WAITING or RUNNING to CANCELLED
+
+Knows nothing of other sequences: the scheduler decides, a sequence keeps its own books. Positions count from 0;
+"computed" means that a position's keys and values are in the pages.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import enum
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a client asked for, validated.
+
+    `stop_ids`: ids that end generation when drawn. `logits`: the logits of every position are wanted, so every
+    position has to be computed and the prefix cache is not read.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingSettings = SamplingSettings()
+    max_tokens: int = 128
+    stop_ids: frozenset[int] = frozenset()
+    logits: bool = False
+
+
+class FinishReason(enum.StrEnum):
+    """Why generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class SequenceState(enum.StrEnum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+
+
+class Sequence:
+    """The mutable state of one request.
+
+    `arrival` is its place in the order of arrival, unique in the service: the lower, the older. It is kept for
+    life, also when the sequence moves to another worker, and decides who goes first and who is preempted.
+
+    Attributes:
+        all_ids: prompt and output, growing in place; read it, never change it.
+        page_ids: pages of positions 0, 1, ..., `page_size` positions each. A tuple, so that a plan can hold it
+            without a copy; it is replaced when a page is added.
+        page_hashes: chained hashes of the first full pages, as far as anyone needed them. Tokens never change, so
+            they outlive the pages: every page is hashed once in a lifetime.
+        num_computed: positions computed.
+        in_flight: part of a step that has not ended. Its pages must not be touched.
+        num_cached_tokens: tokens found in the prefix cache at the first admission.
+        num_admissions: times admitted; above 1 after preemption or loss.
+        num_preemptions: times preempted for want of pages.
+    """
+
+    __slots__ = (
+        "all_ids",
+        "arrival",
+        "finish_reason",
+        "in_flight",
+        "num_admissions",
+        "num_cached_tokens",
+        "num_computed",
+        "num_preemptions",
+        "page_hashes",
+        "page_ids",
+        "request",
+        "state",
+    )
+
+    def __init__(self, request: Request, arrival: int) -> None:
+        assert request.prompt_ids, "a prompt has at least one token"
+        assert request.max_tokens >= 1, request.max_tokens
+        self.request = request
+        self.arrival = arrival
+        self.state = SequenceState.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.all_ids: list[int] = list(request.prompt_ids)
+        self.page_ids: tuple[int, ...] = ()
+        self.page_hashes: list[bytes] = []
+        self.num_computed = 0
+        self.in_flight = False
+        self.num_cached_tokens = 0
+        self.num_admissions = 0
+        self.num_preemptions = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id!r}, {self.state}, {len(self.request.prompt_ids)}+{self.num_outputs}"
+            f" tokens, {self.num_computed} computed, pages {self.page_ids})"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.all_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens drawn."""
+        return len(self.all_ids) - len(self.request.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The tokens drawn, a stop token included. A copy: per step use `num_outputs` and `all_ids`."""
+        return self.all_ids[len(self.request.prompt_ids) :]
+
+    @property
+    def num_to_compute(self) -> int:
+        """Positions to compute before the next token is drawn: 1 in decode, more in prefill (and recompute)."""
+        return len(self.all_ids) - self.num_computed
+
+    def admit(self, page_ids: tuple[int, ...], num_cached_tokens: int) -> None:
+        """WAITING -> RUNNING with pages for all tokens so far, the first of them shared and computed already."""
+        assert self.state is SequenceState.WAITING, self
+        if self.num_admissions == 0:
+            self.num_cached_tokens = num_cached_tokens
+        self.state = SequenceState.RUNNING
+        self.page_ids = page_ids
+        self.num_computed = num_cached_tokens
+        self.num_admissions += 1
+
+    def append(self, token_id: int) -> None:
+        """Takes the token drawn after the last computed position."""
+        assert self.state is SequenceState.RUNNING, self
+        assert self.num_to_compute == 0, self
+        self.all_ids.append(token_id)
+
+    def finish(self, reason: FinishReason) -> None:
+        """RUNNING -> FINISHED."""
+        assert self.state is SequenceState.RUNNING, self
+        self.state = SequenceState.FINISHED
+        self.finish_reason = reason
+
+    def cancel(self) -> None:
+        """WAITING or RUNNING -> CANCELLED."""
+        assert not self.is_over, self
+        self.state = SequenceState.CANCELLED
+
+    def requeue(self) -> None:
+        """RUNNING -> WAITING, to be recomputed: tokens stay, since clients have seen them. Pages were dropped."""
+        assert self.state is SequenceState.RUNNING, self
+        assert not self.page_ids, self
+        self.state = SequenceState.WAITING
+
+    def drop_pages(self) -> tuple[int, ...]:
+        """Forgets the pages and what was computed in them; returns them for the ledger."""
+        assert not self.in_flight, self
+        page_ids, self.page_ids, self.num_computed = self.page_ids, (), 0
+        return page_ids
+
+    @property
+    def is_over(self) -> bool:
+        """Finished or cancelled."""
+        return self.state in (SequenceState.FINISHED, SequenceState.CANCELLED)
+
+
+def _arrival_of(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+class SequenceQueue:
+    """Sequences in order of arrival, oldest first.
+
+    A sorted list. A new arrival is appended; what comes back after preemption finds its old place. Taking out the
+    first of thousands moves their pointers in one memmove, a microsecond or two.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def __reversed__(self) -> Iterator[Sequence]:
+        return reversed(self._sequences)
+
+    @property
+    def oldest(self) -> Sequence:
+        """The first. The queue is not empty."""
+        return self._sequences[0]
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence in its place."""
+        index = self._find(sequence)
+        assert index == len(self) or self._sequences[index].arrival != sequence.arrival, "arrival is not unique"
+        self._sequences.insert(index, sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it stands."""
+        index = self._find(sequence)
+        assert self._sequences[index : index + 1] == [sequence], f"not in the queue: {sequence}"
+        del self._sequences[index]
+
+    def clear(self) -> None:
+        """Takes all out."""
+        self._sequences.clear()
+
+    def _find(self, sequence: Sequence) -> int:
+        return bisect.bisect_left(self._sequences, sequence.arrival, key=_arrival_of)

@@ -1,0 +1,1 @@
+"""How the router reaches its workers: an interface (base) and its implementations (local, grpc)."""

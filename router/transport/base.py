@@ -1,0 +1,104 @@
+"""What the router asks of a worker, however it is reached. One verb per role, and a description.
+
+Letters: T tokens, N rows, D hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from grokmoe.step_plan import StepPlan, StepResult
+from router.legs import Legs
+from router.placement import ExpertLayers
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionInfo:
+    """What an attention worker says of itself."""
+
+    config_hash: str
+    incarnation: str
+    dtype: torch.dtype
+    layer_begin: int
+    layer_end: int
+    num_pages: int
+    page_size: int
+    max_step_tokens: int
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertInfo:
+    """What an expert worker says of itself."""
+
+    config_hash: str
+    incarnation: str
+    dtype: torch.dtype
+    experts: tuple[ExpertLayers, ...]
+    max_rows: int
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExpertReply:
+    """rows_ND: one output row per input row. Times in seconds: waiting in the worker, and computing there."""
+
+    rows_ND: torch.Tensor
+    queue: float
+    compute: float
+
+
+class Hole(Protocol):
+    """Who fills the MoE of a step's layers."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `fill_now` can be used: every expert is in this process."""
+
+    async def fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """MoE input -> MoE output."""
+
+    def fill_now(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """The same on the caller's thread, for experts in this process."""
+
+
+class AttentionLink(Protocol):
+    """A way to one attention worker."""
+
+    address: str
+
+    async def describe(self) -> AttentionInfo:
+        """Asks the worker what it is. Raises Unavailable when it cannot be reached."""
+
+    async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
+        """Runs one step; `hole` fills the MoE of each layer. One step at a time per lane.
+
+        Raises Unavailable when the worker is lost, FailedPrecondition when it has another incarnation than the plan,
+        InvalidRequest when it refuses the plan, and whatever `hole` raises. The lane can be used again after each.
+        """
+
+    async def close(self) -> None:
+        """Ends all lanes."""
+
+
+class ExpertLink(Protocol):
+    """A way to one expert worker."""
+
+    address: str
+
+    async def describe(self) -> ExpertInfo:
+        """Asks the worker what it is. Raises Unavailable when it cannot be reached."""
+
+    async def forward(
+        self, lane: int, layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+    ) -> ExpertReply:
+        """Sends rows sorted by expert through the experts of a layer.
+
+        Raises Unavailable when the worker is lost or too slow, InvalidRequest when it refuses the request.
+        """
+
+    async def close(self) -> None:
+        """Ends all lanes."""

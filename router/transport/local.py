@@ -1,0 +1,124 @@
+"""Workers in this process: function calls instead of messages. The fused process and most tests use these.
+
+Roles never import one another, so the attention engine is known here by its shape only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from grokmoe.device_thread import DeviceThread
+from grokmoe.step_plan import StepPlan, StepResult
+from router.legs import Legs
+from router.transport.base import AttentionInfo, ExpertInfo, ExpertReply, Hole
+
+LOCAL = "local"
+
+
+class StepRun(Protocol):
+    """A step under way, see attention_worker.engine.StepRun."""
+
+    def advance(self, moe_TD: torch.Tensor | None) -> Any:
+        """Goes to the next hole (has `layer` and `x_TD`) or to the end (a StepResult)."""
+
+    def close(self) -> None:
+        """Drops the step."""
+
+
+class AttentionEngine(Protocol):
+    """What runs plans, see attention_worker.engine.AttentionEngine."""
+
+    @property
+    def device(self) -> DeviceThread:
+        """The thread that computes."""
+
+    def begin(self, plan: StepPlan) -> StepRun:
+        """Validates a plan."""
+
+
+class LocalAttentionLink:
+    """An attention engine in this process."""
+
+    address = LOCAL
+
+    def __init__(self, engine: AttentionEngine, info: AttentionInfo) -> None:
+        self._engine, self._info = engine, info
+
+    async def describe(self) -> AttentionInfo:
+        """See AttentionLink."""
+        return self._info
+
+    async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
+        """See AttentionLink. With local experts the whole step is one task of the device thread."""
+        run = self._engine.begin(plan)
+        device = self._engine.device
+        try:
+            if hole.is_local:
+                return await device.run(_drive, run, hole, legs)
+            at = await device.run(_advance, run, None, legs)
+            while not isinstance(at, StepResult):
+                out_TD = await hole.fill(at.layer, at.x_TD)
+                at = await device.run(_advance, run, out_TD, legs)
+            return at
+        except BaseException:
+            device.post(run.close)
+            raise
+
+    async def close(self) -> None:
+        """See AttentionLink."""
+
+
+def _advance(run: StepRun, moe_TD: torch.Tensor | None, legs: Legs) -> Any:
+    with legs.time("attention"):
+        return run.advance(moe_TD)
+
+
+def _drive(run: StepRun, hole: Hole, legs: Legs) -> StepResult:
+    at = _advance(run, None, legs)
+    while not isinstance(at, StepResult):
+        at = _advance(run, hole.fill_now(at.layer, at.x_TD), legs)
+    return at
+
+
+class LocalExpertLink:
+    """Experts in this process behind the link's interface, each with a thread of its own.
+
+    The fused process does not need it (router.moe.LocalMoe calls its experts directly); it is the double that tests
+    put in place of a remote worker.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[int, tuple[int, ...], tuple[int, ...], torch.Tensor], torch.Tensor],
+        info: ExpertInfo,
+        address: str = LOCAL,
+    ) -> None:
+        self.address = address
+        self._forward, self._info = forward, info
+        self._device = DeviceThread("local-experts")
+
+    async def describe(self) -> ExpertInfo:
+        """See ExpertLink."""
+        return self._info
+
+    async def forward(
+        self, lane: int, layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+    ) -> ExpertReply:
+        """See ExpertLink."""
+        asked = time.perf_counter()
+
+        def compute() -> ExpertReply:
+            begin = time.perf_counter()
+            out_ND = self._forward(layer, expert_ids, counts, rows_ND)
+            return ExpertReply(out_ND, begin - asked, time.perf_counter() - begin)
+
+        return await self._device.run(compute)
+
+    async def close(self) -> None:
+        """See ExpertLink."""
+        await asyncio.get_running_loop().run_in_executor(None, self._device.stop)

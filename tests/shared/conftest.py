@@ -1,0 +1,12 @@
+"""These models are so small that a second thread only adds waiting, most of all beside other tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
