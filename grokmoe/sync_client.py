@@ -18,12 +18,21 @@ from grokmoe.results import Completion, Delta, ModelInfo, Status
 T = TypeVar("T")
 
 
+def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # gRPC wakes the loops of all threads for one event, and each that finds it taken raises. It means nothing:
+    # https://github.com/grpc/grpc/issues/25364
+    late = isinstance(context.get("exception"), BlockingIOError)
+    if not (late and "PollerCompletionQueue" in repr(context.get("handle"))):
+        loop.default_exception_handler(context)
+
+
 class _LoopThread:
     """A thread that runs an event loop, on it one client, until `stop`."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_handle_exception)
         self._stopping = asyncio.Event()
         # Whatever is handed over before the stop signal has become a task when the loop sees the signal, and every
         # task is ended with the loop. Without the lock one could come later and its caller would wait for ever.

@@ -10,9 +10,6 @@ import tokenizers
 from grokmoe.errors import ConfigError
 
 _REPLACEMENT = "\ufffd"
-_MAX_HELD_BACK = 3
-"""A UTF-8 character has at most four bytes, so at most three stand for one that is not complete yet."""
-
 _MAX_WINDOW = 32
 """Ids beyond which the window is cut inside a run of invalid bytes, which has no clean end to cut at."""
 
@@ -58,8 +55,8 @@ class Tokenizer:
 class IncrementalDecoder:
     """The text of one growing sequence; what was returned once is never taken back.
 
-    All pieces together equal `Tokenizer.decode` of all ids (with a byte-fallback vocabulary: if the bytes are valid
-    UTF-8). Only a window of the last ids is decoded, so a token costs the same however long the sequence is. The
+    All pieces together equal `Tokenizer.decode` of all ids. (With a byte-fallback vocabulary only if the bytes are
+    UTF-8: its decoder turns a whole run into U+FFFD for one bad byte, characters already sent included.) Only a window of the last ids is decoded, so a token costs the same however long the sequence is. The
     window keeps the piece before the new ids as context, because decoders treat the start of a text specially.
     """
 
@@ -71,41 +68,45 @@ class IncrementalDecoder:
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes new ids and returns the new text, without the start of a character that is not complete."""
-        new_ids = [token_id for token_id in ids if self._tokenizer.is_text(token_id)]
-        if not new_ids:
-            return ""
-        self._window += new_ids
-        text = self._tokenizer.decode(self._window)
-        num_held_back = min(_MAX_HELD_BACK, len(text) - len(text.rstrip(_REPLACEMENT)))
-        piece = self._emit(text, len(text) - num_held_back)
-        if num_held_back == 0 and piece:
-            self._window = self._window[self._context_end :]
-            self._context_end = len(self._window)
-            self._num_emitted = len(self._tokenizer.decode(self._window))
-        elif len(self._window) > _MAX_WINDOW:
-            self._cut_invalid(text)
-        return piece
+        return "".join(self._push_one(token_id) for token_id in ids if self._tokenizer.is_text(token_id))
 
     def finish(self) -> str:
         """What was held back; the sequence is over. Call once."""
         text = self._tokenizer.decode(self._window)
         return self._emit(text, len(text))
 
+    def _push_one(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        # All of the trailing U+FFFD: with byte fallback a run of bytes shows one for each until the run is valid.
+        complete = text.rstrip(_REPLACEMENT)
+        piece = self._emit(text, len(complete))
+        if piece and complete == text:
+            self._window = self._window[self._context_end :]
+            self._context_end = len(self._window)
+            self._num_emitted = len(self._tokenizer.decode(self._window))
+        elif len(self._window) > _MAX_WINDOW:
+            piece += self._cut_invalid(text)
+        return piece
+
     def _emit(self, text: str, end: int) -> str:
         piece = text[self._num_emitted : end]
         self._num_emitted = max(self._num_emitted, end)
         return piece
 
-    def _cut_invalid(self, text: str) -> None:
-        """Drops the window's front at a place that is no character's middle; one is among the last four, or none.
+    def _cut_invalid(self, text: str) -> str:
+        """Emits and drops the window's front up to a byte that begins a character; one is among the last four, or none.
 
-        If the first byte after the cut continued a character begun before it, the two halves would decode to more
+        If the first byte after the cut continued a character begun before it, the two parts would decode to more
         replacement characters than the whole.
         """
         for cut in range(len(self._window) - 1, max(0, len(self._window) - 5), -1):
             tail = self._tokenizer.decode(self._window[cut:])
             if tail and self._tokenizer.decode(self._window[:cut]) + tail == text:
+                end = len(text) - len(tail)
+                piece = self._emit(text, end)
                 self._window = self._window[cut:]
                 self._context_end = 0
-                self._num_emitted -= len(text) - len(tail)
-                return
+                self._num_emitted -= end
+                return piece
+        return ""

@@ -1,6 +1,6 @@
 """Measures the demo model and writes its card: held-out perplexity, expert shares, samples.
 
-Shapes: T positions, V vocabulary, L layers, E experts.
+Shapes: B windows, T positions, V vocabulary, L layers, E experts, n tokens of a text.
 """
 
 import math
@@ -9,17 +9,85 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from demo_corpus import PACKAGE, PACKAGE_SHA256, PACKAGE_VERSION, TEST_WORK, VALIDATION_WORK, Corpus
 from demo_network import Network
+from demo_tokenizer import EOS
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
-EOS = 2
 PROMPTS = ("ROMEO.\n", "SCENE II. A room in the castle.\n\n", "KING HENRY.\nMy lords, ", "Shall I compare thee to ")
 SAMPLE_TOKENS = 140
 TEMPERATURE, TOP_P = 0.8, 0.95
 MEASURE_BATCH_TOKENS = 4096
+
+CARD = """\
+---
+language: en
+tags: [grok-1, mixture-of-experts, demo]
+---
+
+# Demo model
+
+A small language model of the Grok-1 architecture that writes lines after Shakespeare, trained from nothing by
+`tools/train_demo.py`. It is there to show and test the service: its routing is learned, its text is recognisable,
+and it knows nothing. The same program wrote this card, from the saved weights.
+
+## Shape
+
+{num_parameters:,} parameters, bfloat16: {config.num_hidden_layers} layers, hidden {config.hidden_size},
+{config.num_attention_heads} query heads and {config.num_key_value_heads} key/value heads of {config.head_size},
+{config.num_experts} experts of width {config.intermediate_size} with {config.num_experts_per_tok} per token, tied
+head. The vocabulary is {config.vocab_size} byte-level BPE tokens, all 256 bytes among them; ids 0 to 3 are `<pad>`,
+`<bos>`, `<eos>` and `<unk>`. A prompt needs no `<bos>`: the model was never shown one.
+
+The function is the service's default one: erf GELU, router logits capped at 30, the chosen experts' weights
+renormalised, attention logits scaled by d^-1/2 and capped at {config.max_attn_value:g}.
+
+## Data
+
+Shakespeare's plays and poems in modern spelling, from the source distribution of the Python package
+`{package}` {package_version} (sha256 `{package_sha256}`),
+which took them from Project Gutenberg. The works are in the public domain; the package puts a CC BY 2.5 notice on
+its non-code content. Lines are stripped, runs of blank lines closed up, bylines removed and speakers' names
+printed as `NAME.`; each scene, sonnet or cast list is a document and ends with `<eos>`.
+
+Training text: {num_documents} documents, {num_characters:,} characters, {num_tokens:,} tokens. Two whole plays are
+held out: `{validation_work}` chose the checkpoint, `{test_work}` was only measured at the end.
+
+## Training
+
+{run[steps]} steps of {run[tokens_per_step]} tokens ({epochs:.1f} passes over the text) in {run[minutes]:.0f} minutes,
+on {num_threads} threads, bfloat16 autocast over float32 weights, seed {run[seed]}. AdamW, learning rate
+{run[learning_rate]:g} falling to {run[final_learning_rate]:g} on a cosine after {run[warmup_steps]} steps of warmup, betas
+{run[betas]}, weight decay {run[weight_decay]}, gradient norm at most {run[gradient_norm]:g}, load-balancing loss with
+coefficient {run[balance_coefficient]}. Windows of {windows} tokens in turn, so
+positions below {max_window} were trained. The weights are those of step {run[best_step]}.
+
+## Held-out loss
+
+Every token is predicted once, from the tokens before it in its window.
+
+{losses}
+
+## Share of tokens per expert
+
+Of all choices on the two held-out plays; an even share is {even_share:.1%}.
+
+{shares}
+
+## Samples
+
+Up to {sample_tokens} tokens after the prompt (its first line or words), seed 1, not selected.
+
+### Temperature {temperature}, top-p {top_p}
+
+{sampled}
+
+### Greedy
+
+{greedy}
+"""
 
 
 @dataclass(frozen=True)
@@ -35,26 +103,21 @@ class Measurement:
         """Nats per token."""
         return self.nats / self.num_predicted
 
-    @property
-    def perplexity(self) -> float:
-        """e to the loss."""
-        return math.exp(self.loss)
-
 
 @torch.no_grad()
 def measure(network: Network, tokens_n: Tensor, window: int) -> Measurement:
-    """Predict each token but the first once, in windows that share no context; float32 arithmetic."""
+    """Predict each token but the first, once, in windows that share no context; float32 arithmetic."""
     inputs, targets = tokens_n[:-1].split(window), tokens_n[1:].split(window)
-    # All windows but a shorter last one go in batches.
     size = max(1, MEASURE_BATCH_TOKENS // window)
-    full = len(tokens_n[:-1]) // window
-    batches = [(inputs[i : min(i + size, full)], targets[i : min(i + size, full)]) for i in range(0, full, size)]
-    if full < len(inputs):
-        batches.append((inputs[full:], targets[full:]))
+    num_full = (len(tokens_n) - 1) // window
+    bounds = [(start, min(start + size, num_full)) for start in range(0, num_full, size)]
+    if num_full < len(inputs):
+        bounds.append((num_full, len(inputs)))  # the last window is shorter: a batch of its own
     nats, counts_LE = 0.0, torch.zeros(1)
-    for batch_inputs, batch_targets in batches:
-        logits_BTV, routings = network(torch.stack(batch_inputs))
-        nats += F.cross_entropy(logits_BTV.flatten(0, 1), torch.cat(batch_targets), reduction="sum").item()
+    for start, end in bounds:
+        logits_BTV, routings = network(torch.stack(inputs[start:end]))
+        targets_n = torch.cat(targets[start:end])
+        nats += functional.cross_entropy(logits_BTV.flatten(0, 1), targets_n, reduction="sum").item()
         counts_LE = counts_LE + torch.stack([routing.counts_E for routing in routings]).double()
     return Measurement(nats, len(tokens_n) - 1, counts_LE / counts_LE.sum(-1, keepdim=True))
 
@@ -84,108 +147,76 @@ def continue_text(
     return tokenizer.decode(tokens)
 
 
-def _loss_row(name: str, result: Measurement, documents: list[str]) -> str:
-    text = "".join(documents)
-    bits = result.nats / math.log(2)
-    return (
-        f"| {name} | {result.num_predicted + 1} | {result.perplexity:.2f} | {result.loss:.4f} "
-        f"| {bits / len(text.encode()):.3f} | {math.exp(result.nats / len(text.split())):.0f} |"
-    )
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def _share_table(shares_LE: Tensor) -> list[str]:
-    num_experts = shares_LE.shape[1]
-    rows = ["| layer | " + " | ".join(f"expert {e}" for e in range(num_experts)) + " |", "| --- " * (num_experts + 1) + "|"]
-    for layer, shares_E in enumerate(shares_LE.tolist()):
-        rows.append(f"| {layer} | " + " | ".join(f"{share:.1%}" for share in shares_E) + " |")
-    return rows
+def _loss_table(network: Network, corpus: Corpus, splits: dict[str, Tensor], windows: list[int]) -> str:
+    """Each held-out play at each window length."""
+    head = ["play", "context", "tokens", "perplexity per token", "nats per token", "bits per byte", "perplexity per word"]
+    rows = []
+    for split, work in (("validation", VALIDATION_WORK), ("test", TEST_WORK)):
+        text = "".join(getattr(corpus, split))
+        for window in windows:
+            result = measure(network, splits[split], window)
+            bits_per_byte = result.nats / math.log(2) / len(text.encode())
+            per_word = math.exp(result.nats / len(text.split()))
+            figures = [f"{math.exp(result.loss):.2f}", f"{result.loss:.4f}", f"{bits_per_byte:.3f}", f"{per_word:.0f}"]
+            rows.append([f"`{work}` ({split})", str(window), str(len(splits[split])), *figures])
+    return _table(head, rows)
 
 
-def _samples(network: Network, tokenizer: Tokenizer) -> list[str]:
-    lines = []
-    for title, temperature, top_p in ((f"temperature {TEMPERATURE}, top-p {TOP_P}", TEMPERATURE, TOP_P), ("greedy", 0.0, 1.0)):
-        lines += [f"### {title[0].upper()}{title[1:]}", ""]
-        for prompt in PROMPTS:
-            lines += ["```text", continue_text(network, tokenizer, prompt, temperature, top_p).rstrip(), "```", ""]
-    return lines
+def _share_table(shares_LE: Tensor) -> str:
+    """Layers down, experts across."""
+    head = ["layer", *(f"expert {expert}" for expert in range(shares_LE.shape[1]))]
+    rows = [[str(layer), *(f"{share:.1%}" for share in row)] for layer, row in enumerate(shares_LE.tolist())]
+    return _table(head, rows)
+
+
+def _samples(network: Network, tokenizer: Tokenizer, temperature: float, top_p: float) -> str:
+    """A fenced block per prompt."""
+    texts = [continue_text(network, tokenizer, prompt, temperature, top_p).rstrip() for prompt in PROMPTS]
+    return "\n\n".join(f"```text\n{text}\n```" for text in texts)
 
 
 def write_card(
-    out: Path, network: Network, tokenizer: Tokenizer, corpus: Corpus, splits: dict[str, Tensor], run: dict[str, Any]
+    out: Path,
+    network: Network,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    splits: dict[str, Tensor],
+    run: dict[str, Any],
 ) -> None:
-    """Measure `network`, as loaded from the saved files, and write `out`/README.md; prints the card too."""
-    config, short = network.config, min(run["window_lengths"])
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    rows = []
-    for window in sorted(set(run["window_lengths"])):
-        for split, work in (("validation", VALIDATION_WORK), ("test", TEST_WORK)):
-            result = measure(network, splits[split], window)
-            rows.append(_loss_row(f"{split} (`{work}`), context {window}", result, getattr(corpus, split)))
-    shares_LE = measure(network, torch.cat((splits["validation"], splits["test"])), short).shares_LE
-    epochs = run["steps"] * run["tokens_per_step"] / len(splits["train"])
-    card = [
-        "---",
-        "language: en",
-        "tags: [grok-1, mixture-of-experts, demo]",
-        "---",
-        "",
-        "# Demo model",
-        "",
-        "A small language model of the Grok-1 architecture that writes lines after Shakespeare. It was trained from",
-        "nothing by `tools/train_demo.py`. It is there to show and test the service: its routing is learned, its text",
-        "is recognisable, and it knows nothing. This card is written by the same program from the saved weights.",
-        "",
-        "## Shape",
-        "",
-        f"{num_parameters:,} parameters, bfloat16: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
-        f"{config.num_attention_heads} query heads and {config.num_key_value_heads} key/value heads of "
-        f"{config.head_size}, {config.num_experts} experts of width {config.intermediate_size} with "
-        f"{config.num_experts_per_tok} per token, tied head. The vocabulary is {config.vocab_size} byte-level BPE "
-        "tokens, all 256 bytes among them; ids 0 to 3 are `<pad>`, `<bos>`, `<eos>` and `<unk>`. A prompt needs no "
-        "`<bos>`; the model was never shown one.",
-        "",
-        "The function is the service's default one: erf GELU, router logits capped at 30, the chosen weights",
-        "renormalised, attention logits scaled by d^-1/2 and capped at 30.",
-        "",
-        "## Data",
-        "",
-        f"Shakespeare's plays and poems in modern spelling, from the source distribution of the Python package "
-        f"`{PACKAGE}` {PACKAGE_VERSION} (sha256 `{PACKAGE_SHA256}`), which took them from Project Gutenberg. The works "
-        "are in the public domain. Lines are stripped, runs of blank lines closed up, bylines removed and speakers' "
-        "names printed as `NAME.`; each scene, sonnet or cast list is a document and ends with `<eos>`. "
-        f"Training text: {sum(map(len, corpus.train)):,} characters, {len(splits['train']):,} tokens. Two whole plays "
-        f"are held out: `{VALIDATION_WORK}` chose the checkpoint, `{TEST_WORK}` was only measured at the end.",
-        "",
-        "## Training",
-        "",
-        f"{run['steps']} steps of {run['tokens_per_step']} tokens ({epochs:.1f} passes), {run['minutes']:.0f} minutes on "
-        f"{torch.get_num_threads()} threads in bfloat16 autocast with float32 weights, seed {run['seed']}. AdamW, "
-        f"learning rate {run['learning_rate']:g} to {run['final_learning_rate']:g} on a cosine after "
-        f"{run['warmup_steps']} warmup steps, betas {run['betas'][0]}/{run['betas'][1]}, weight decay "
-        f"{run['weight_decay']}, gradient norm {run['gradient_norm']}, load-balancing loss with coefficient "
-        f"{run['balance_coefficient']}. Windows of {', '.join(map(str, run['window_lengths']))} tokens in turn, so "
-        f"positions up to {max(run['window_lengths'])} were trained. The weights are those of step {run['best_step']}.",
-        "",
-        "## Held-out loss",
-        "",
-        "Every token is predicted once, from the tokens before it in its window.",
-        "",
-        "| text | tokens | perplexity per token | nats per token | bits per byte | perplexity per word |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *rows,
-        "",
-        "## Share of tokens per expert",
-        "",
-        f"Of all choices on the two held-out plays (an even share is {1 / config.num_experts:.1%}):",
-        "",
-        *_share_table(shares_LE),
-        "",
-        "## Samples",
-        "",
-        f"Up to {SAMPLE_TOKENS} tokens, seed 1, not selected.",
-        "",
-        *_samples(network, tokenizer),
-    ]
-    text = "\n".join(card).rstrip() + "\n"
-    (out / "README.md").write_text(text)
-    print(text)
+    """Measure `network`, as loaded from the saved files, and write `out`/README.md.
+
+    `splits` holds each split's tokens int64 [n]; `run` the plan's fields and what training reported.
+    """
+    windows = sorted(set(run["window_lengths"]))
+    held_out_n = torch.cat((splits["validation"], splits["test"]))
+    card = CARD.format(
+        config=network.config,
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        package=PACKAGE,
+        package_version=PACKAGE_VERSION,
+        package_sha256=PACKAGE_SHA256,
+        num_documents=len(corpus.train),
+        num_characters=sum(map(len, corpus.train)),
+        num_tokens=len(splits["train"]),
+        validation_work=VALIDATION_WORK,
+        test_work=TEST_WORK,
+        run=run,
+        epochs=run["steps"] * run["tokens_per_step"] / len(splits["train"]),
+        num_threads=torch.get_num_threads(),
+        windows=", ".join(map(str, run["window_lengths"])),
+        max_window=windows[-1],
+        losses=_loss_table(network, corpus, splits, windows),
+        even_share=1 / network.config.num_experts,
+        shares=_share_table(measure(network, held_out_n, windows[0]).shares_LE),
+        sample_tokens=SAMPLE_TOKENS,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        sampled=_samples(network, tokenizer, TEMPERATURE, TOP_P),
+        greedy=_samples(network, tokenizer, 0.0, 1.0),
+    )
+    (out / "README.md").write_text(card)

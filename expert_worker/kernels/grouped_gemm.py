@@ -133,7 +133,7 @@ def tile_class(counts_E: Sequence[int], dtype: torch.dtype) -> TileClass:
 
 
 def tile_table(counts_E: Sequence[int], block_rows: int) -> list[tuple[int, int, int]]:
-    """Per tile (expert, first row, one past the expert's last row). Every row is in one tile, no tile is empty."""
+    """Per tile: expert, first row, one past the expert's last. Each row is in one tile; no tile is empty."""
     tiles = []
     begin = 0
     for expert, count in enumerate(counts_E):

@@ -86,7 +86,7 @@ class Sea:
     island: torch.Tensor
 
     @classmethod
-    def around(cls, tensor: torch.Tensor, width: int = 8) -> Sea:
+    def around(cls, tensor: torch.Tensor, width: int = 3) -> Sea:
         """A copy of the tensor, with `width` NaN elements, rows, ... before and after it on every axis."""
         water = tensor.new_full([size + 2 * width for size in tensor.shape], torch.nan)
         island = water[tuple(slice(width, width + size) for size in tensor.shape)]

@@ -38,9 +38,9 @@ def test_kernels_match_twin(
     assert_close(actual, expected)
     assert torch.equal(actual, expert_mlp(*case.arguments)), "two runs differ"
 
-    rows, gate, up, down = (Sea.around(tensor, width=3).island for tensor in case.tensors)
+    rows, gate, up, down = (Sea.around(tensor).island for tensor in case.tensors)
     empty = [case.rows.new_full((case.num_rows, columns), torch.nan) for columns in (F, D)]
-    h, out = (Sea.around(tensor, width=3) for tensor in empty)
+    h, out = (Sea.around(tensor) for tensor in empty)
     launch(rows, counts_E, gate, up, down, gelu, h.island, out.island)
     assert_close(out.island, expected)
     assert h.is_calm()

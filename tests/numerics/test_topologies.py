@@ -1,0 +1,111 @@
+"""Float32 logits and greedy tokens of every topology against programs that others wrote (tests/goldens.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from router.engine import Engine
+from tests import goldens
+from tests.topologies import Setup, fused, greedy, processes, request, run, split
+
+TOLERANCE = 1e-4
+NUM_TOKENS = 16
+
+Topology = Callable[[Setup], contextlib.AbstractAsyncContextManager[Engine]]
+
+
+async def check_prompt(engine: Engine, variant: str, prompt: str) -> None:
+    tokens, logits = await run(engine, request(goldens.PROMPTS[prompt], NUM_TOKENS, logits=True))
+    assert tokens == goldens.greedy(variant, prompt), prompt
+    expected = goldens.logits(variant, prompt)
+    assert logits is not None
+    # The last token is drawn and never computed.
+    assert logits.shape == (expected.shape[0] + NUM_TOKENS - 1, expected.shape[1])
+    difference = (logits[: expected.shape[0]] - expected).abs().max().item()
+    assert difference < TOLERANCE, f"{prompt}: {difference}"
+
+
+async def check_all(topology: Topology, setup: Setup, variant: str, one_by_one: bool) -> None:
+    async with topology(setup) as engine:
+        checks = [check_prompt(engine, variant, prompt) for prompt in goldens.PROMPTS]
+        if one_by_one:
+            for check in checks:
+                await check
+        else:
+            await asyncio.gather(*checks)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize(("variant", "golden"), [("vllm", "seed"), ("xai", "xai")])
+def test_fused(variant: str, golden: str, together: bool) -> None:
+    setup = Setup(goldens.DIRECTORY, variant=variant)
+    asyncio.run(check_all(fused, setup, golden, not together))
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize("num_experts", [1, 2, 4, 8])
+def test_split(num_experts: int, together: bool) -> None:
+    setup = Setup(goldens.DIRECTORY, num_experts=num_experts)
+    asyncio.run(check_all(split, setup, "seed", not together))
+
+
+def test_split_xai() -> None:
+    asyncio.run(check_all(split, Setup(goldens.DIRECTORY, variant="xai"), "xai", False))
+
+
+@pytest.mark.parametrize("topology", [fused, split])
+@pytest.mark.parametrize("chunk", [1, 3, 16, 33, 64])
+def test_chunked_prefill(topology: Topology, chunk: int) -> None:
+    setup = Setup(goldens.DIRECTORY, max_step_tokens=chunk, page_size=8)
+    asyncio.run(check_all(topology, setup, "seed", False))
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 64])
+def test_page_sizes(page_size: int) -> None:
+    asyncio.run(check_all(fused, Setup(goldens.DIRECTORY, page_size=page_size), "seed", False))
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_lanes_replicas_and_attention_workers(lanes: int) -> None:
+    setup = Setup(goldens.DIRECTORY, lanes=lanes, num_experts=4, expert_replicas=2, num_attention=2)
+    asyncio.run(check_all(split, setup, "seed", False))
+
+
+def test_preemption_changes_nothing() -> None:
+    """Pages for the longest prompt and little else: sequences take each other's pages and are recomputed."""
+
+    async def go() -> int:
+        async with fused(Setup(goldens.DIRECTORY, page_size=8, num_pages=16, max_step_tokens=24)) as engine:
+            many = [prompt for prompt in goldens.PROMPTS for _ in range(3)]
+            results = await asyncio.gather(*(greedy(engine, goldens.PROMPTS[prompt], NUM_TOKENS) for prompt in many))
+            assert results == [goldens.greedy("seed", prompt) for prompt in many]
+            return engine.num_preemptions
+
+    assert asyncio.run(go()) > 0
+
+
+@pytest.mark.cluster
+def test_processes() -> None:
+    asyncio.run(check_all(processes, Setup(goldens.DIRECTORY, num_experts=2), "seed", False))
+
+
+def test_bfloat16_is_near() -> None:
+    """Relative RMS per position, as docs/numerics.md says: the median is a few per cent in bfloat16."""
+
+    async def go() -> torch.Tensor:
+        async with fused(Setup(goldens.DIRECTORY, dtype="bfloat16")) as engine:
+            errors = []
+            for prompt, ids in goldens.PROMPTS.items():
+                _, logits = await run(engine, request(ids, 1, logits=True))
+                expected = goldens.logits("seed", prompt)
+                assert logits is not None
+                errors.append((logits - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt())
+            return torch.cat(errors)
+
+    errors = asyncio.run(go())
+    assert errors.median() < 0.05, errors.median()

@@ -1,0 +1,215 @@
+"""The topologies of docs/architecture.md as engines for tests: same code as in production, workers where the test says.
+
+`fused`: function calls only. `split`: every worker behind a real gRPC server on a Unix socket, in this process.
+`processes`: every worker a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import torch
+
+from attention_worker.config import AttentionWorkerSettings
+from attention_worker.loading import load_engine as load_attention
+from attention_worker.service import AttentionService
+from expert_worker import weights as expert_weights
+from expert_worker.config import ExpertWorkerSettings, parse_experts
+from expert_worker.engine import ExpertEngine
+from expert_worker.experts import ExpertSet
+from expert_worker.service import ExpertService
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.device_thread import DeviceThread
+from grokmoe.server import RoleServer, ServerSettings
+from grokmoe.settings import to_flags
+from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
+from launcher.process import RoleProcess
+from launcher.serve import ServeSettings, describe, load_experts
+from router.config import RouterSettings
+from router.engine import Engine
+from router.loading import build_engine, load_model
+from router.placement import spread
+from router.sequence import Request
+from router.transport.grpc import GrpcAttentionLink, GrpcExpertLink
+from router.transport.local import LocalAttentionLink
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a topology serves and how."""
+
+    model: Path
+    dtype: str = "float32"
+    variant: str = "vllm"
+    page_size: int = 16
+    num_pages: int = 0
+    max_step_tokens: int = 512
+    max_running: int = 256
+    lanes: int = 1
+    min_lane_rows: int = 1
+    num_experts: int = 2
+    num_attention: int = 1
+    expert_replicas: int = 1
+
+    @property
+    def common(self) -> dict[str, str]:
+        """The settings that all roles share."""
+        return {"model": str(self.model), "dtype": self.dtype, "variant": self.variant}
+
+    @property
+    def router(self) -> RouterSettings:
+        """Settings of the router, without addresses."""
+        return RouterSettings(
+            **self.common,
+            lanes=self.lanes,
+            min_lane_rows=self.min_lane_rows,
+            max_step_tokens=self.max_step_tokens,
+            max_running=self.max_running,
+        )
+
+    @property
+    def attention(self) -> AttentionWorkerSettings:
+        """Settings of an attention worker."""
+        return AttentionWorkerSettings(
+            **self.common, page_size=self.page_size, num_pages=self.num_pages, kv_gib=0.001, threads=1
+        )
+
+
+@contextlib.asynccontextmanager
+async def fused(setup: Setup) -> AsyncIterator[Engine]:
+    """All roles by function calls."""
+    attention = load_attention(setup.attention, AttentionMetrics(new_registry()), DeviceThread())
+    serve = ServeSettings(**setup.common)
+    experts = load_experts(serve, attention.device, ExpertMetrics(new_registry()))
+    link = LocalAttentionLink(attention, describe(attention))
+    engine = build_engine(load_model(setup.router), setup.router, [link], RouterMetrics(new_registry()), experts)
+    async with _running(engine):
+        yield engine
+    attention.device.stop()
+
+
+@contextlib.asynccontextmanager
+async def split(setup: Setup) -> AsyncIterator[Engine]:
+    """Workers behind gRPC on Unix sockets, all in this process."""
+    servers, devices = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            attention_links, expert_links = [], []
+            for index in range(setup.num_attention):
+                device = DeviceThread()
+                devices.append(device)
+                engine = load_attention(setup.attention, AttentionMetrics(new_registry()), device)
+                server = RoleServer([AttentionService(engine).as_service()])
+                attention_links.append(GrpcAttentionLink(await server.start(f"unix:{directory}/a{index}")))
+                servers.append(server)
+            for index, held in enumerate(_spread(setup)):
+                device = DeviceThread()
+                devices.append(device)
+                service = _expert_service(setup, held, device)
+                server = RoleServer([service.as_service()])
+                expert_links.append(GrpcExpertLink(await server.start(f"unix:{directory}/e{index}")))
+                servers.append(server)
+            engine = _engine(setup, attention_links, expert_links)
+            async with _running(engine):
+                yield engine
+        finally:
+            for server in servers:
+                await server.stop(0)
+            for device in devices:
+                device.stop()
+
+
+def _expert_service(setup: Setup, held: Sequence[int], device: DeviceThread) -> ExpertService:
+    with Checkpoint.open(setup.model, setup.variant) as checkpoint:
+        config = checkpoint.config
+        table = parse_experts(",".join(map(str, held)), config.num_experts, config.num_layers)
+        experts = ExpertSet(config, table, getattr(torch, setup.dtype), torch.device("cpu"))
+        device.call(expert_weights.load, experts, checkpoint)
+    metrics = ExpertMetrics(new_registry())
+    return ExpertService(ExpertEngine(experts, metrics, device), metrics, 8192, lambda: True)
+
+
+@contextlib.asynccontextmanager
+async def processes(setup: Setup) -> AsyncIterator[Engine]:
+    """Workers as processes of their own; the engine is in this one."""
+    with tempfile.TemporaryDirectory() as directory:
+        started = []
+        for index in range(setup.num_attention):
+            flags = [*to_flags(setup.attention), *to_flags(ServerSettings(listen=f"unix:{directory}/a{index}"))]
+            started.append(RoleProcess("attention", index, "attention_worker", flags))
+        for index, held in enumerate(_spread(setup)):
+            experts = ExpertWorkerSettings(**setup.common, experts=",".join(map(str, held)), threads=1)
+            flags = [*to_flags(experts), *to_flags(ServerSettings(listen=f"unix:{directory}/e{index}"))]
+            started.append(RoleProcess("expert", index, "expert_worker", flags))
+        try:
+            for process in started:
+                await process.start()
+            for process in started:
+                await process.wait_ready()
+            engine = _engine(
+                setup,
+                [GrpcAttentionLink(process.address) for process in started if process.role == "attention"],
+                [GrpcExpertLink(process.address) for process in started if process.role == "expert"],
+            )
+            async with _running(engine):
+                yield engine
+        finally:
+            for process in started:
+                await process.stop()
+
+
+def _spread(setup: Setup) -> tuple[tuple[int, ...], ...]:
+    with Checkpoint.open(setup.model, setup.variant) as checkpoint:
+        return spread(checkpoint.config.num_experts, setup.num_experts, setup.expert_replicas)
+
+
+def _engine(setup: Setup, attention: list[GrpcAttentionLink], experts: list[GrpcExpertLink]) -> Engine:
+    metrics = RouterMetrics(new_registry())
+    return build_engine(load_model(setup.router), setup.router, attention, metrics, experts)
+
+
+@contextlib.asynccontextmanager
+async def _running(engine: Engine) -> AsyncIterator[None]:
+    await engine.start()
+    try:
+        yield
+        engine.check()
+    finally:
+        await engine.close()
+
+
+async def greedy(engine: Engine, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The most likely continuation."""
+    return (await run(engine, request(prompt, num_tokens)))[0]
+
+
+def request(prompt: Sequence[int], num_tokens: int, logits: bool = False) -> Request:
+    """A greedy request that only its length ends."""
+    from router.sequence import SamplingSettings
+
+    return Request(
+        request_id="test",
+        prompt_ids=tuple(prompt),
+        sampling=SamplingSettings(temperature=0),
+        max_tokens=num_tokens,
+        logits=logits,
+    )
+
+
+async def run(engine: Engine, what: Request) -> tuple[list[int], torch.Tensor | None]:
+    """Tokens, and the logits of all positions when the request asks for them."""
+    generation = engine.submit(what)
+    tokens: list[int] = []
+    reason = None
+    try:
+        while reason is None:
+            new, reason = await generation.take()
+            tokens += new
+    finally:
+        engine.cancel(generation)
+    parts = generation.logits()
+    return tokens, torch.cat([part for _, part in parts]) if parts else None
