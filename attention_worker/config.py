@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
 
 
@@ -20,3 +21,9 @@ class AttentionWorkerSettings:
     kv_gib: float = setting(1.0, "memory for KV pages in GiB; sets the number of pages")
     num_pages: int = setting(0, "KV pages; 0: as many as fit into --kv-gib")
     max_step_tokens: int = setting(2048, "most tokens in one step; a plan with more is refused")
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 0), ("page_size", 1), ("num_pages", 0), ("max_step_tokens", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} is {value}, must be at least {least}")

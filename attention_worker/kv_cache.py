@@ -11,8 +11,8 @@ import torch
 class KVCache:
     """Keys and values of every layer, in pages of `page_size` slots.
 
-    k_KPSd, v_KPSd: one tensor [num_kv_heads, num_pages, page_size, head_dim] per layer. With heads outermost a page of
-    one head is one run of memory, and a sequence's pages read in order are the [keys, d] matrix that a product needs.
+    k_KPSd, v_KPSd: one tensor [num_kv_heads, num_pages, page_size, head_dim] per layer. With heads outermost a
+    page of one head is one run of memory, and a sequence's pages in order are the [keys, d] matrix of a product.
     """
 
     def __init__(

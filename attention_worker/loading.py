@@ -30,9 +30,6 @@ def _load(
     torch.set_num_threads(num_threads)
     if not settings.model:
         raise ConfigError("model is missing: the directory of a checkpoint")
-    for name in ("page_size", "max_step_tokens"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name} is {getattr(settings, name)}, must be at least 1")
     dtype = getattr(torch, settings.dtype)
     with Checkpoint.open(settings.model, settings.variant) as checkpoint:
         config = checkpoint.config

@@ -39,22 +39,29 @@ class Model:
         rotation = self._rope.angles(batch.positions_T)
         for index, layer in enumerate(self._weights.layers):
             h_TD = h_TD + self._attend(index, layer, h_TD, rotation, batch)
-            moe_TD = yield self._norm(h_TD, layer.pre_moe_norm_D)
-            h_TD = h_TD + self._norm(moe_TD, layer.post_moe_norm_D)
+            moe_TD = yield self._norm_in(h_TD, layer.pre_moe_norm_D)
+            h_TD = h_TD + self._norm_out(moe_TD, layer.post_moe_norm_D)
         return self._logits(h_TD[logit_rows_R])
 
-    def _norm(self, x_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x_TD, gain_D, self._config.norm_eps)
+    def _norm_in(self, h_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
+        """From the residual to the input of a block, in the model's type."""
+        return rms_norm(h_TD, gain_D, self._config.norm_eps, self._weights.embedding_VD.dtype)
+
+    def _norm_out(self, x_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
+        """From the output of a block to what is added to the residual, in float32."""
+        return rms_norm(x_TD, gain_D, self._config.norm_eps, torch.float32)
 
     def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        return self._weights.embedding_VD[token_ids_T] * self._config.embedding_multiplier
+        """The residual stream starts here. It is float32 in every mode: it is never sent anywhere, and rounding it to
+        bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
+        return self._weights.embedding_VD[token_ids_T].float() * self._config.embedding_multiplier
 
     def _attend(
         self, index: int, layer: LayerWeights, h_TD: torch.Tensor, rotation: object, batch: StepBatch
     ) -> torch.Tensor:
         """Attention block: norm, projections, rotary embedding, pages, output projection, norm."""
         config, num_tokens = self._config, h_TD.shape[0]
-        qkv = layer.qkv(self._norm(h_TD, layer.pre_attn_norm_D))
+        qkv = layer.qkv(self._norm_in(h_TD, layer.pre_attn_norm_D))
         q, k, v = qkv.split((config.query_size, config.kv_size, config.kv_size), dim=-1)
         q_THd = self._rope.rotate(q.view(num_tokens, config.num_heads, config.head_dim), rotation)
         k_TKd = self._rope.rotate(k.view(num_tokens, config.num_kv_heads, config.head_dim), rotation)
@@ -71,8 +78,8 @@ class Model:
         out_TD = layer.o_proj(out_THd.reshape(num_tokens, config.query_size))
         if config.attention_output_scale != 1.0:
             out_TD = out_TD * config.attention_output_scale
-        return self._norm(out_TD, layer.post_attn_norm_D)
+        return self._norm_out(out_TD, layer.post_attn_norm_D)
 
     def _logits(self, h_RD: torch.Tensor) -> torch.Tensor:
-        x_RD = self._norm(h_RD, self._weights.final_norm_D)
+        x_RD = self._norm_in(h_RD, self._weights.final_norm_D)
         return self._weights.head(x_RD).float() * self._config.output_multiplier

@@ -44,39 +44,53 @@ def sample(logits_RV: torch.Tensor, sampling: Sequence[TokenSampling], positions
     if not sampling:
         return []
     tokens_R = logits_RV.argmax(-1)
+    vocab_size = logits_RV.shape[1]
     drawn = [row for row, how in enumerate(sampling) if how.temperature > 0]
-    if drawn:
-        rows = torch.tensor(drawn)
-        hows = [sampling[row] for row in drawn]
-        u_R = uniforms([how.seed for how in hows], [positions[row] for row in drawn])
-        tokens_R[rows] = _draw(logits_RV[rows], hows, u_R).to(tokens_R.device)
+    cut = {row for row in drawn if 0 < sampling[row].top_k < vocab_size or sampling[row].top_p < 1}
+    # Apart, because they draw in another order of tokens: a row's way must not depend on its neighbours.
+    for draw, rows in ((_draw_cut, sorted(cut)), (_draw, [row for row in drawn if row not in cut])):
+        if rows:
+            hows = [sampling[row] for row in rows]
+            u_R = uniforms([how.seed for how in hows], [positions[row] for row in rows])
+            index_R = torch.tensor(rows)
+            tokens_R[index_R] = draw(_scale(logits_RV[index_R], hows), hows, u_R).to(tokens_R.device)
     return tokens_R.tolist()  # type: ignore[no-any-return]
 
 
-def _draw(logits_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch.Tensor) -> torch.Tensor:
-    """Inverse of the cumulative distribution at u. Returns tokens [R]."""
-    vocab_size = logits_RV.shape[1]
-    scaled_RV = logits_RV / torch.tensor([how.temperature for how in hows])[:, None]
-    if all(how.top_k in (0, vocab_size) and how.top_p >= 1 for how in hows):
-        return _invert(scaled_RV.softmax(-1), u_R)
+def _scale(logits_RV: torch.Tensor, hows: Sequence[TokenSampling]) -> torch.Tensor:
+    """Logits over temperature, the largest of each row at 0: so no temperature is too low to divide by."""
+    temperature_R = torch.tensor([how.temperature for how in hows]).clamp_min(torch.finfo(torch.float32).tiny)
+    return (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
+
+
+def _draw(scaled_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch.Tensor) -> torch.Tensor:
+    """Inverse of the cumulative distribution at u, tokens in the order of their ids. Returns tokens [R]."""
+    return _invert(scaled_RV.double().exp(), u_R)
+
+
+def _draw_cut(scaled_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch.Tensor) -> torch.Tensor:
+    """The same for rows with top-k or top-p, the most likely tokens first."""
+    vocab_size = scaled_RV.shape[1]
     # Only what can be drawn is worth sorting: the largest top_k of the batch, or all where a row has none.
     width = max(how.top_k if 0 < how.top_k < vocab_size else vocab_size for how in hows)
     sorted_RW, ids_RW = scaled_RV.sort(-1, descending=True, stable=True)
     sorted_RW, ids_RW = sorted_RW[:, :width], ids_RW[:, :width]
     top_k_R = torch.tensor([how.top_k or vocab_size for how in hows])
     sorted_RW = sorted_RW.masked_fill(torch.arange(width) >= top_k_R[:, None], float("-inf"))
-    probs_RW = sorted_RW.softmax(-1)
+    # In float64 and summed in order, so that the zeros behind a row's own top_k change nothing.
+    weights_RW = sorted_RW.double().exp()
+    cumulative_RW = weights_RW.cumsum(-1)
     # A token stays when the tokens before it do not reach p yet; so the first always stays.
-    before_RW = probs_RW.double().cumsum(-1) - probs_RW
     top_p_R = torch.tensor([how.top_p for how in hows], dtype=torch.float64)
-    probs_RW = probs_RW.masked_fill(before_RW >= top_p_R[:, None], 0.0)
-    return ids_RW.gather(1, _invert(probs_RW, u_R)[:, None])[:, 0]
+    reached_RW = cumulative_RW - weights_RW >= top_p_R[:, None] * cumulative_RW[:, -1:]
+    weights_RW = weights_RW.masked_fill(reached_RW, 0.0)
+    return ids_RW.gather(1, _invert(weights_RW, u_R)[:, None])[:, 0]
 
 
-def _invert(probs_RV: torch.Tensor, u_R: torch.Tensor) -> torch.Tensor:
-    """The first index whose cumulative probability exceeds u times the sum. float64: 131072 float32 terms drift."""
-    cumulative_RV = probs_RV.double().cumsum(-1)
+def _invert(weights_RV: torch.Tensor, u_R: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulative weight exceeds u times the sum. float64: 131072 float32 terms drift."""
+    cumulative_RV = weights_RV.cumsum(-1)
     index_R = torch.searchsorted(cumulative_RV, (u_R * cumulative_RV[:, -1])[:, None], right=True)[:, 0]
     # u times the sum may round up to the sum itself; the last index that has any probability is meant then.
-    last_R = (probs_RV > 0).to(torch.int8).cumsum(-1, dtype=torch.int32).argmax(-1)
+    last_R = (weights_RV > 0).to(torch.int8).cumsum(-1, dtype=torch.int32).argmax(-1)
     return torch.minimum(index_R, last_R)

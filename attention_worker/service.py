@@ -71,7 +71,7 @@ class _Lane:
         self._step_id = 0
         self._layer = 0
         self._rows: tensors.RowAssembler[attention_pb2.StepRequest] = tensors.RowAssembler(
-            attention_pb2.StepRequest, "step_id", engine.settings.max_step_tokens
+            attention_pb2.StepRequest, "step_id", engine.settings.max_step_tokens, engine.config.hidden_size
         )
 
     async def take(self, data: bytes) -> list[bytes]:
@@ -80,7 +80,7 @@ class _Lane:
         try:
             whole = self._rows.add(data)
         except InvalidRequest as error:
-            if not self._rows.failed_id:
+            if self._rows.failed_id is None:
                 raise
             return [self._fail(self._rows.failed_id, error)]
         if whole is None:

@@ -1,4 +1,4 @@
-"""One step of the attention worker: chunks of tokens from many sequences, as the tensors that every layer shares.
+"""One step of the attention worker: chunks of tokens from many sequences, as tensors that all layers share.
 
 Shapes: T tokens of the step, C chunks.
 """
@@ -17,7 +17,7 @@ from grokmoe.step_plan import SequenceChunk
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The step's tensors, built once on the CPU. Rows of a step are its chunks' tokens, one chunk after the other.
+    """The step's tensors, built once on the CPU. Its rows are the chunks' tokens, one chunk after the other.
 
     token_ids_T, positions_T, slots_T  int64; slot = page * page_size + offset is where the token's K and V go
     last_rows_C                        int64; the row of each chunk's last token (the one that gives logits)
@@ -37,8 +37,8 @@ class StepBatch:
     def build(cls, chunks: Sequence[SequenceChunk], page_size: int) -> StepBatch:
         """The batch of `chunks`, in their order; sequences may share pages that hold a common prefix.
 
-        ValueError for a chunk with no tokens, a negative start or page id, or fewer pages than its positions need. Whether
-        a page exists in the cache is not known here.
+        ValueError for a chunk with no tokens, a negative start or page id, or fewer pages than its positions need.
+        Whether a page exists in the cache is not known here.
         """
         if page_size < 1:
             raise ValueError(f"page size {page_size} is not positive")

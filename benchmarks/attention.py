@@ -2,13 +2,15 @@
 
     python benchmarks/attention.py [--help]
 
-Prints a table and, as the last line, one JSON object. The formula is what one would write without pages: one product over
-the whole (contiguous) cache, scores and softmax in the cache's dtype for prefill. It needs no gather, and in bfloat16 it
-rounds its scores, so its error is shown, too. Runs alternate between the two; times are medians.
+Prints a table and, as the last line, one JSON object. The formula is what one would write without pages: one
+product over the whole contiguous cache. It needs no gather, and in bfloat16 it rounds its scores, so the error of
+both is shown, relative to the float32 definition. Runs alternate between the two; times are medians, and minima
+for a machine that others use, too. A smaller --threads helps there.
 
 GF/s counts both products over the pairs that the causal mask leaves; GB/s one read of every key and value.
 
-Shapes: T tokens, H query heads, K KV heads, P pages, S slots of a page, d head size, B sequences, L keys, D = H * d.
+Shapes: T tokens, H query heads, K KV heads, P pages, S slots of a page, d head size, B sequences, L keys,
+D = H * d.
 """
 
 from __future__ import annotations
@@ -29,6 +31,15 @@ from grokmoe.step_plan import SequenceChunk
 
 CAP = 30.0
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+HEADER = (
+    "                           median ms            minimum ms     plan                  relative rms\n"
+    "case               dtype   paged formula ratio    paged formula     ms  GF/s   GB/s   paged  formula"
+)
+LINE = (
+    "{case:18} {dtype:5} {paged_ms:7.3f} {formula_ms:7.3f} {ratio:5.2f}  {paged_min_ms:7.3f} {formula_min_ms:7.3f} "
+    "{plan_ms:6.2f} {gflops:5.0f} {gbytes:6.1f} {paged_rms:7.1e}  {formula_rms:7.1e}"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ CASES = [Case(f"prefill {n}", 1, n, n) for n in (512, 2048)] + [
 
 
 def formula(q_THd: torch.Tensor, k_BKLd: torch.Tensor, v_BKLd: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Softcapped attention of B sequences with as many new tokens each, straight from the equation; [T, D]."""
+    """Softcapped attention of B sequences with `num_new` tokens each, straight from the equation: [T, D]."""
     num_heads, d = q_THd.shape[1:]
     K, L = k_BKLd.shape[1:3]
     if num_new == 1:
@@ -73,8 +84,8 @@ def formula(q_THd: torch.Tensor, k_BKLd: torch.Tensor, v_BKLd: torch.Tensor, num
     return out_TD
 
 
-def median_ms(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Medians of alternating runs."""
+def time_ms(runs: Sequence[Callable[[], object]], repeats: int) -> list[tuple[float, float]]:
+    """(median, minimum) of alternating runs, two of each uncounted."""
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 2):
         for run, took in zip(runs, times, strict=True):
@@ -82,7 +93,7 @@ def median_ms(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]
             run()
             if repeat >= 2:
                 took.append(1e3 * (time.perf_counter() - begin))
-    return [statistics.median(took) for took in times]
+    return [(statistics.median(took), min(took)) for took in times]
 
 
 def relative_rms(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -99,8 +110,7 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> dict[str, objec
     k_KPSd, v_KPSd = torch.randn(2, K, num_pages, S, d).to(DTYPES[dtype])
     q_THd = (args.query_scale * torch.randn(B * case.num_new, args.heads, d)).to(DTYPES[dtype])
     k_BKLd, v_BKLd = (
-        x[:, page_ids].view(K, B, L, d).transpose(0, 1)[:, :, : case.num_keys].contiguous()
-        for x in (k_KPSd, v_KPSd)
+        x[:, page_ids].view(K, B, L, d).transpose(0, 1)[:, :, : case.num_keys].contiguous() for x in (k_KPSd, v_KPSd)
     )
     chunks = [
         SequenceChunk((0,) * case.num_new, case.num_keys - case.num_new, tuple(pages))
@@ -120,16 +130,17 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> dict[str, objec
     def contiguous() -> torch.Tensor:
         return formula(q_THd, k_BKLd, v_BKLd, case.num_new)
 
-    expected = reference.paged_attention(
-        q_THd.float(), k_KPSd.float(), v_KPSd.float(), batch, d**-0.5, CAP
-    )
-    paged_ms, formula_ms = median_ms((paged, contiguous), args.repeats)
+    expected = reference.paged_attention(q_THd.float(), k_KPSd.float(), v_KPSd.float(), batch, d**-0.5, CAP)
+    (paged_ms, paged_min), (formula_ms, formula_min) = time_ms((paged, contiguous), args.repeats)
     return {
         "case": case.name,
         "dtype": dtype,
         "paged_ms": paged_ms,
         "formula_ms": formula_ms,
-        "plan_ms": median_ms((plan,), args.repeats)[0],
+        "ratio": paged_ms / formula_ms,
+        "paged_min_ms": paged_min,
+        "formula_min_ms": formula_min,
+        "plan_ms": time_ms((plan,), args.repeats)[0][0],
         "gflops": 4 * case.pairs * args.heads * d / paged_ms / 1e6,
         "gbytes": 2 * B * case.num_keys * K * d * q_THd.element_size() / paged_ms / 1e6,
         "paged_rms": relative_rms(paged(), expected),
@@ -138,32 +149,25 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> dict[str, objec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--heads", type=int, default=8, help="query heads (default %(default)s)")
     parser.add_argument("--kv-heads", type=int, default=2, help="KV heads (default %(default)s)")
     parser.add_argument("--head-dim", type=int, default=128, help="size of a head (default %(default)s)")
     parser.add_argument("--page-size", type=int, default=16, help="tokens per page (default %(default)s)")
-    parser.add_argument("--query-scale", type=float, default=2.0, help="spread of the scores (default %(default)s)")
+    parser.add_argument("--query-scale", type=float, default=2.0, help="spread of scores (default %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument("--repeats", type=int, default=15, help="timed runs per number (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs (default %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    print(f"{'case':20} {'dtype':5} {'paged ms':>9} {'formula ms':>10} {'ratio':>6} {'plan ms':>8}", end=" ")
-    print(f"{'GF/s':>6} {'GB/s':>6} {'paged rms':>10} {'formula rms':>11}")
+    print(HEADER)
     rows = []
     for dtype in args.dtypes:
         for case in CASES:
             row = measure(case, dtype, args)
             rows.append(row)
-            print(
-                "{case:20} {dtype:5} {paged_ms:9.3f} {formula_ms:10.3f} {ratio:6.2f} {plan_ms:8.3f} {gflops:6.0f} "
-                "{gbytes:6.1f} {paged_rms:10.1e} {formula_rms:11.1e}".format(
-                    ratio=float(str(row["paged_ms"])) / float(str(row["formula_ms"])), **row
-                ),
-                flush=True,
-            )
+            print(LINE.format(**row), flush=True)
     print(json.dumps({"benchmark": "attention", "settings": vars(args), "rows": rows}))
 
 

@@ -10,7 +10,7 @@ from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
 
 ALL = "all"
-_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)

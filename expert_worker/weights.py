@@ -28,4 +28,4 @@ def load(experts: ExpertSet, checkpoint: Checkpoint, is_stopping: Callable[[], b
                 weight = checkpoint.read(tensor_names.expert(layer, expert, linear), experts.dtype)
                 experts.put(layer, expert, linear, weight)
     num_experts = sum(map(len, experts.held.values()))
-    logger.info("loaded %d experts of %d layers in %.1f s", num_experts, len(experts.held), time.monotonic() - began)
+    logger.info("loaded %d experts in %d layers in %.1f s", num_experts, len(experts.held), time.monotonic() - began)

@@ -134,7 +134,7 @@ def _read_index(directory: Path) -> dict[str, Path] | None:
             raise file_error(directory, f"{SINGLE_FILE} or {INDEX_FILE}", found)
         return None
     try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=object_without_duplicates)
+        index = json.loads(path.read_bytes().decode(), object_pairs_hook=object_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise file_error(path, "an index in JSON", f"{type(error).__name__}: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

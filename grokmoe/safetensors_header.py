@@ -69,7 +69,7 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, StoredTensor]:
     if len(raw) < header_size:
         raise file_error(path, f"at least {8 + header_size} bytes, header included", f"{file_size} bytes (truncated)")
     try:
-        header = json.loads(raw, object_pairs_hook=object_without_duplicates)
+        header = json.loads(raw.decode(), object_pairs_hook=object_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise file_error(path, "a header in JSON", f"{type(error).__name__}: {error}") from error
     if not isinstance(header, dict):

@@ -6,6 +6,7 @@ A role's composition root builds its servicers and hands them to `run`. Nothing 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -97,8 +98,10 @@ def errors_to_status(handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)
         async def stream(*args: Any) -> AsyncIterator[Any]:
             try:
-                async for response in handler(*args):
-                    yield response
+                # Closed here, not by the garbage collector: a caller that left must cost nothing more.
+                async with contextlib.aclosing(handler(*args)) as responses:
+                    async for response in responses:
+                        yield response
             except grpc.aio.AbortError:
                 raise
             except Exception as error:

@@ -67,6 +67,9 @@ def add_flags(parser: argparse._ActionsContainer, kind: type, environ: Mapping[s
                 default = parse(environ[variable])
             except ValueError as error:
                 raise ConfigError(f"{variable}: {error}") from error
+            choices = field.metadata["choices"]  # argparse holds flags to them, but not defaults
+            if choices and default not in choices:
+                raise ConfigError(f"{variable}: {default!r} is none of {', '.join(choices)}")
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = field.metadata["help"] + (f" (default: {shown})" if shown not in (None, "") else "")
         options: dict[str, Any] = {"default": default, "help": text.replace("%", "%%"), "dest": field.name}
@@ -101,7 +104,8 @@ def to_flags(settings: Any) -> list[str]:
         if isinstance(value, bool):
             flags.append(flag if value else "--no-" + field.name.replace("_", "-"))
         else:
-            flags += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+            # In one argument: a value may begin with a dash.
+            flags.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return flags
 
 

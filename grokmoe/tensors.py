@@ -28,6 +28,9 @@ MAX_UNFINISHED = 8
 """Ids of one stream whose later parts are still to come. Beyond it the oldest is dropped: a caller that gave up in
 the middle of a request leaves one behind, and a caller that works writes one request after another."""
 
+MAX_DIMS = 8
+"""Dimensions of a tensor. Nobody sends more, and the product of a million extents is a long computation."""
+
 MAX_REFUSED = 1024
 """Ids of one stream remembered because later parts of a refused request must be passed over."""
 
@@ -136,16 +139,20 @@ def _fields(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int, 
 def _decode_tensor(data: bytes, begin: int, end: int) -> torch.Tensor:
     wire, shape, at, size = 0, [], begin, 0
     for number, kind, _, value, stop in _fields(data, begin, end):
+        if len(shape) > MAX_DIMS:
+            break
         if number == 1 and kind == _VARINT:
             wire = _read_varint(data, value)[0]
         elif number == 2 and kind == _BYTES:
-            while value < stop:
+            while value < stop and len(shape) <= MAX_DIMS:
                 extent, value = _read_varint(data, value)
                 shape.append(extent)
         elif number == 2 and kind == _VARINT:  # an unpacked repeated field is legal, too
             shape.append(_read_varint(data, value)[0])
         elif number == 3 and kind == _BYTES:
             at, size = value, stop - value
+    if len(shape) > MAX_DIMS:
+        raise InvalidRequest("payload.shape", f"has more than {MAX_DIMS} dimensions")
     dtype = torch_dtype(wire)
     count = math.prod(shape)
     if size != count * dtype.itemsize:

@@ -56,8 +56,10 @@ class IncrementalDecoder:
     """The text of one growing sequence; what was returned once is never taken back.
 
     All pieces together equal `Tokenizer.decode` of all ids. (With a byte-fallback vocabulary only if the bytes are
-    UTF-8: its decoder turns a whole run into U+FFFD for one bad byte, characters already sent included.) Only a window of the last ids is decoded, so a token costs the same however long the sequence is. The
-    window keeps the piece before the new ids as context, because decoders treat the start of a text specially.
+    UTF-8 without long runs of U+FFFD: its decoder turns a whole run of bytes into U+FFFD for one bad byte, characters
+    already sent included.) Only a window of the last ids is decoded, so a token costs the same however long the
+    sequence is. The window keeps the character before the new ids as context, because decoders treat the start of a
+    text specially.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

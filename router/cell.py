@@ -145,6 +145,9 @@ class AttentionCell:
         begin = time.perf_counter()
         try:
             result = await self.link.step(lane, plan, self._hooks.make_hole(lane, legs), legs)
+            num_wanted = sum(chunk.wants_token for chunk in step.chunks)
+            if len(result.token_ids) != num_wanted:
+                raise InternalError(f"the attention worker drew {len(result.token_ids)} tokens, {num_wanted} were due")
         except ExpertsUnavailable as error:
             self._fail_requests(scheduler, step, error)
         except (Unavailable, FailedPrecondition) as error:
@@ -175,7 +178,8 @@ class AttentionCell:
 
     def _fail_requests(self, scheduler: Scheduler, step: Step, error: GrokmoeError) -> None:
         """Ends the requests of a step that cannot be done; all others go on."""
-        scheduler.fail(step)
+        if not scheduler.fail(step):
+            return
         for chunk in step.chunks:
             scheduler.cancel(chunk.sequence)
             generation = self._hooks.generation_of(chunk.sequence)

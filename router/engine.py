@@ -48,6 +48,10 @@ class EngineSettings:
     join_timeout: float = 600.0
     """Seconds the workers have to be reachable at start."""
 
+    def __post_init__(self) -> None:
+        if self.max_waiting < 1:
+            raise ConfigError(f"max_waiting is {self.max_waiting}, must be at least 1")
+
 
 @dataclasses.dataclass
 class LegTotals:
@@ -173,7 +177,10 @@ class Engine:
             self._forget(generation)
 
     async def close(self) -> None:
-        """Ends lanes and links."""
+        """Ends lanes and links. Whoever still waits for tokens gets Unavailable."""
+        for generation in list(self._generations.values()):
+            generation.fail(Unavailable("the service is shutting down"))
+            self.cancel(generation)
         for cell in self.cells:
             await cell.close()
         if self.pool is not None:

@@ -142,13 +142,14 @@ class ExpertPool:
 
     async def _forward_shard(self, lane: int, layer: int, shard: Shard, rows_ND: torch.Tensor) -> ExpertReply:
         member = self.members[shard.worker]
-        member.rows_in_flight += rows_ND.shape[0]
-        try:
-            return await member.link.forward(lane, layer, shard.expert_ids, shard.counts, rows_ND)
-        except Unavailable as error:
-            self._suspect(member, error)
-        finally:
-            member.rows_in_flight -= rows_ND.shape[0]
+        if member.state is WorkerState.READY:  # it may have been lost since it was chosen
+            member.rows_in_flight += rows_ND.shape[0]
+            try:
+                return await member.link.forward(lane, layer, shard.expert_ids, shard.counts, rows_ND)
+            except Unavailable as error:
+                self._suspect(member, error)
+            finally:
+                member.rows_in_flight -= rows_ND.shape[0]
         parts = reassign(shard, await self.choose(layer))
         replies = await _gather(
             [
@@ -174,10 +175,8 @@ class ExpertPool:
         while member.state is WorkerState.SUSPECT:
             await asyncio.sleep(self._settings.probe_interval)
             try:
-                held = member.info.experts if member.info else ()
                 await self.connect(member)
-                if member.info is not None and member.info.experts != held:
-                    self.place()
+                self.place()  # it may hold other experts now
             except (GrokmoeError, TimeoutError) as error:
                 logger.debug("expert worker %d still away: %s", member.index, error)
                 member.state = WorkerState.SUSPECT

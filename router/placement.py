@@ -52,9 +52,13 @@ class Placement:
 
         held: worker -> its experts and layers.
         preferred: expert -> workers to use, in this order; experts that are absent use every holder.
-        Raises ConfigError naming layer and expert when nobody holds one, or a preferred worker does not.
+        Raises ConfigError naming layer and expert when nobody holds one, or a preferred worker does not, or the
+        model has no such expert.
         """
         preferred = preferred or {}
+        for expert in preferred:
+            if not 0 <= expert < num_experts:
+                raise ConfigError(f"placement names expert {expert}, the model has experts 0 to {num_experts - 1}")
         table: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in range(num_layers)]
         for worker, ranges in sorted(held.items()):
             for expert, begin, end in ranges:

@@ -211,19 +211,21 @@ class Scheduler:
                 results.append((sequence, token_id, reason))
         return results
 
-    def fail(self, step: Step) -> None:
+    def fail(self, step: Step) -> bool:
         """Takes back a step that was lost: nothing it computed is trusted, its sequences wait to be recomputed.
 
         The worker must be done with the step: its pages go to others, and a late write would spoil them. Pages
-        published by earlier steps stay known. A step from before `drain_all` is ignored.
+        published by earlier steps stay known. A step from before `drain_all` is ignored: its sequences may be
+        another worker's by now. Returns whether it was not.
         """
         if not self._take_back(step):
-            return
+            return False
         for chunk in step.chunks:
             if chunk.sequence.is_over:
                 self._release(chunk.sequence)
             else:
                 self._requeue(chunk.sequence)
+        return True
 
     def drain_all(self) -> list[Sequence]:
         """Gives up every sequence, oldest first and ready for another worker: this one is lost or starts anew.

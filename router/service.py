@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from grokmoe.errors import GrokmoeError
@@ -49,10 +50,11 @@ class GenerationService:
         """Collects the stream."""
         answer = pb.GenerateResponse()
         text = []
-        async for part in self._generate(request):
-            text.append(part.text_delta)
-            answer.token_ids.extend(part.token_ids)
-            last = part
+        async with contextlib.aclosing(self._generate(request)) as parts:
+            async for part in parts:
+                text.append(part.text_delta)
+                answer.token_ids.extend(part.token_ids)
+                last = part
         answer.request_id, answer.text, answer.finish_reason = last.request_id, "".join(text), last.finish_reason
         answer.usage.CopyFrom(last.usage)
         answer.timing.CopyFrom(last.timing)
@@ -62,8 +64,9 @@ class GenerationService:
         self, request: pb.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         """One message per delivery: all tokens that arrived since the last one."""
-        async for part in self._generate(request.generate):
-            yield part
+        async with contextlib.aclosing(self._generate(request.generate)) as parts:
+            async for part in parts:
+                yield part
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         """What is served."""
@@ -73,7 +76,7 @@ class GenerationService:
         """The router's view of the cluster."""
         return status.cluster(self._engine)
 
-    async def _generate(self, proto: pb.GenerateRequest) -> AsyncIterator[pb.StreamGenerateResponse]:
+    async def _generate(self, proto: pb.GenerateRequest) -> AsyncGenerator[pb.StreamGenerateResponse]:
         metrics = self._engine.metrics
         outcome = "CANCELLED"
         generation = None
@@ -95,6 +98,9 @@ class GenerationService:
             outcome = finish_reason.value
         except GrokmoeError as error:
             outcome = error.code.name
+            raise
+        except Exception:
+            outcome = "INTERNAL"
             raise
         finally:
             # Also when the client has gone: a cancelled call must not cost another step.

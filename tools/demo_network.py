@@ -1,10 +1,10 @@
 """Grok-1's forward pass as a trainable torch module, for the demo model.
 
 Parameters carry their checkpoint names, so `state_dict()` is the checkpoint. The function is the service's
-default variant: erf GELU, router cap, renormalised top-k weights, attention logits scaled by d^-1/2 and capped.
+default variant: erf GELU, router cap, renormalised top-k weights, attention logits scaled by d^-1/2, capped.
 
-Shapes: B sequences, T positions, N = B * T tokens, H hidden, Q query heads, K KV heads, g query heads per KV head,
-D head size, E experts, C experts chosen per token, n tokens of one expert, V vocabulary.
+Shapes: B sequences, T positions, N = B * T tokens, H hidden, Q query heads, K KV heads, g query heads per KV
+head, D head size, E experts, C experts chosen per token, n tokens of one expert, V vocabulary.
 """
 
 import json
@@ -218,7 +218,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def balance_loss(routings: list[Routing]) -> Tensor:
-    """Mean over layers of E * sum_e(share of choices_e * mean probability_e); 1 when every expert is used alike.
+    """Mean over layers of E * sum_e(share of choices_e * mean probability_e); 1 when all are used alike.
 
     This is the auxiliary loss of Switch Transformers (Fedus et al., 2021, eq. 4), counted over all C choices.
     """

@@ -1,1 +1,1 @@
-"""Paged attention: `reference` is the definition, the others compute the same faster on one kind of device each."""
+"""Paged attention: `reference` is the definition; the others compute the same, faster, on one kind of device."""

@@ -4,16 +4,18 @@ The weights of a row are computed without a running maximum and with few, cheap 
 
     cap * tanh(s / cap) = cap - 2 * cap * sigmoid(-2 * s / cap)
 
-so exp2(-c * sigmoid(-2 * s / cap)) with c = 2 * cap * log2(e) is the softmax weight up to a factor that the row's sum
-divides out. It lies in [2^-c, 1]: nothing overflows, and the largest weights are the most exact. torch's sigmoid and
-exp2 together cost a third of its tanh.
+so exp2(-c * sigmoid(-2 * s / cap)) with c = 2 * cap * log2(e) is the softmax weight up to a factor that the
+row's sum divides out. It lies in [2^-c, 1]: nothing overflows, and the largest weights are the most exact.
+torch's sigmoid and exp2 together cost a third of its tanh.
 
-In bfloat16 torch's products round their result, which would move a score of 30 by up to 0.06 and its weight by 6 %. So
-the scores take two products on the matrix units: the second accumulates q.k in float32 onto the negated first and so
-yields what the first lost to rounding. Their sum is exact to 2^-17 of the score. Weights and results are rounded.
+In bfloat16 torch's products round their result, which would move a score of 30 by up to 0.06 and its weight by
+6 %. So the scores take two products on the matrix units: the second accumulates q.k in float32 onto the negated
+first and so yields what the first lost to rounding. Their sum is exact to 2^-17 of the score. Weights and
+results are rounded.
 
-Shapes: N tiles, R rows of a tile, L keys of a tile, K KV heads, G query heads per KV head, B = N * K pairs, Q = R * G
-query rows of a pair, T tokens of the step, H = K * G query heads, D = H * d, P pages, S slots of a page, d head size.
+Shapes: N tiles, R rows of a tile, L keys of a tile, K KV heads, G query heads per KV head, B = N * K pairs,
+Q = R * G query rows of a pair, T tokens of the step, H = K * G query heads, D = H * d, E = G * d, P pages,
+S slots of a page, d head size.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ LARGEST_PLAIN_EXPONENT = 100.0
 
 
 class _Workspace(threading.local):
-    """Buffers kept between calls, one set per thread: page faults of a fresh large buffer cost more than its product."""
+    """Buffers kept between calls, one set per thread: faulting in a fresh one costs more than its product."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
@@ -75,7 +77,7 @@ def paged_attention(
 
 
 def _queries(q_TD: torch.Tensor, group: TileGroup, shape: TileShape) -> torch.Tensor:
-    """The group's query rows [B, Q, d]: the heads that share a KV head become rows, so keys are never repeated."""
+    """The group's query rows [B, Q, d]: heads that share a KV head become rows, so no key is repeated."""
     N, R, K, d = group.num_tiles, group.num_rows, shape.num_kv_heads, shape.head_dim
     if group.first_row is not None:
         q_rows = q_TD[group.first_row : group.first_row + N * R]

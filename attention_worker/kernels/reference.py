@@ -1,7 +1,7 @@
-"""Paged attention in plain torch, one sequence at a time: the definition that faster kernels are tested against.
+"""Paged attention in plain torch, one sequence at a time: the definition that the kernels are tested against.
 
-Shapes: T tokens of the step, H query heads, K KV heads, P pages, S slots of a page, d head size, n tokens of a chunk,
-L keys of a sequence.
+Shapes: T tokens of the step, H query heads, K KV heads, P pages, S slots of a page, d head size, n tokens of a
+chunk, L keys of a sequence.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def paged_attention(
     scale: float,
     cap: float,
 ) -> torch.Tensor:
-    """softmax(mask(cap * tanh(scale * q.k / cap))) v for every row of the step, in float32; returns [T, H, d] in q's dtype.
+    """softmax(mask(cap * tanh(scale * q.k / cap))) v for every row of the step; [T, H, d] in q's dtype.
 
-    A row at position p sees the keys of its own sequence at positions 0 .. p. The step's own keys are in the cache.
-    Query head h reads KV head h // (H / K).
+    Float32 inside. A row at position p sees the keys of its own sequence at positions 0 .. p; the step's own keys
+    are in the cache already. Query head h reads KV head h // (H / K).
     """
     num_heads, num_kv_heads = q_THd.shape[1], k_KPSd.shape[0]
     out_THd = torch.empty_like(q_THd)

@@ -1,11 +1,12 @@
-"""The tiling of one step's attention for the CPU kernel: which query rows meet which pages in one batched product.
+"""The tiling of one step's attention for the CPU kernel: which rows meet which pages in one batched product.
 
-A tile is a run of query rows of one chunk with every key those rows may see. Tiles of the same row class and of like key
-length form a group, and a group is one batch of matrix products over (tile, KV head) pairs. A group's working set is
-bounded, so the number of groups grows with the work of the step, never with sequences times heads.
+A tile is a run of query rows of one chunk with every key those rows may see. Tiles of the same row class and of
+like key length form a group, and a group is one batch of matrix products over (tile, KV head) pairs. A group's
+working set is bounded, so the number of groups grows with the work of the step, never with sequences * heads.
 
 Shapes: N tiles of a group, R query rows of a tile (padded), L keys of a tile (padded, a whole number of pages),
-J pages of a tile, M the last keys of L (those some row may not see), K KV heads, T tokens of the step.
+J pages of a tile, M the last keys of L (those some row may not see), S slots of a page, K KV heads, T tokens of
+the step, C chunks.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 
 MAX_TILE_ROWS = 64
-"""Most query rows of a tile: more rows share one gather of the keys, but see more keys that the causal mask hides."""
+"""Most query rows of a tile: more share one gather of the keys, but see more keys that the mask hides."""
 
 MIN_TILE_ROWS = 16
 """Fewest rows that a long key range may cut a tile down to; below this the gather costs more than it saves."""
 
-TILE_BYTES = 4 << 20
+TILE_BYTES = 16 << 20
 """Float32 scores of one tile, all heads: cut into fewer rows beyond this."""
 
 GROUP_BYTES = 8 << 20
-"""Gathered keys (the values take their place later), scores and weights of one group: more tiles join it only below this.
-Small groups lose to the fixed cost of some twenty torch calls; large ones fall out of the last-level cache."""
+"""Gathered keys (the values take their place later), scores and weights of one group: more tiles join it only
+below this. Small groups lose to the fixed cost of some twenty torch calls, large ones to cache misses."""
 
 PADDING_SHARE = 0.15
 """Padding keys that tiles of unlike length may cause in a group, as a share of the group's work, and ..."""
@@ -53,7 +54,7 @@ class TileShape:
 
 @dataclass(frozen=True)
 class Spans:
-    """The chunks of a step as arrays over chunks C; `pages` is the concatenation of every chunk's page ids."""
+    """The chunks of a step as arrays over chunks; `pages` holds every chunk's page ids, one after the other."""
 
     first_row_C: Ints
     length_C: Ints
@@ -69,9 +70,9 @@ class TileGroup:
     q_rows_NR    [N*R] rows of q to read (a padding row repeats its tile's last row)
     out_rows_NR  [N*R] rows of the output to write (a padding row goes to row T, which is dropped)
     first_row    set when the rows are one run without padding: a slice then replaces both indices
-    pages_NKJ    [N*K*J] pages of the cache seen as [K * num_pages, page_size * d]; padding repeats the tile's first page
-    hidden_N1R1M [N, 1, R, 1, M] true where a row must not see a key, for the last M of L keys; None when M = 0
-    unused_slots rows of the gathered values seen as [N*K*L, d] that hold no token of the chunk; None when there are none
+    pages_NKJ    [N*K*J] rows of the cache seen as [K * num_pages, S * d]; padding repeats the tile's first page
+    hidden_N1R1M [N, 1, R, 1, M] true where a row must not see one of the last M keys; None when it sees all
+    unused_slots rows of the gathered values, seen as [N*K*L, d], that hold no token of the tile; None for none
     """
 
     num_tiles: int
@@ -87,7 +88,7 @@ class TileGroup:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """All tiles of a step as arrays over tiles: first row in the step, rows, position of the first row, chunk."""
+    """All tiles of a step as arrays over tiles: first row in the step, its position, number of rows, chunk."""
 
     row: Ints
     num_rows: Ints
@@ -103,7 +104,7 @@ class _Tiles:
 
 
 def plan_tiles(spans: Spans, shape: TileShape) -> tuple[TileGroup, ...]:
-    """Groups of tiles that together cover every row of the step once. IndexError if a page is not in the cache."""
+    """Groups of tiles that cover every row of the step once. IndexError if a page is not in the cache."""
     if spans.pages.size and spans.pages.max() >= shape.num_pages:
         raise IndexError(f"page {spans.pages.max()} of a cache of {shape.num_pages} pages")
     tiles = _cut(spans, shape)
@@ -115,7 +116,7 @@ def _power_of_two_at_least(x: Ints) -> Ints:
 
 
 def _cut(spans: Spans, shape: TileShape) -> _Tiles:
-    """Cut every chunk into tiles of equal height (the last may be shorter); longer key ranges give lower tiles."""
+    """Cut every chunk into tiles of equal height, the last maybe lower; longer key ranges give lower tiles."""
     most_keys_C = spans.start_C + spans.length_C
     fitting_C = np.maximum(TILE_BYTES // (4 * shape.num_heads * most_keys_C), 1)
     height_C = np.clip(_power_of_two_at_least(fitting_C + 1) // 2, MIN_TILE_ROWS, MAX_TILE_ROWS)

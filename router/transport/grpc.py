@@ -17,7 +17,15 @@ import torch
 
 from grokmoe import tensors
 from grokmoe.channel import TIMEOUTS, open_channel
-from grokmoe.errors import GrokmoeError, InternalError, Unavailable, from_failure, from_rpc_error
+from grokmoe.errors import (
+    FailedPrecondition,
+    GrokmoeError,
+    InternalError,
+    InvalidRequest,
+    Unavailable,
+    from_failure,
+    from_rpc_error,
+)
 from grokmoe.step_plan import StepPlan, StepResult, plan_to_proto
 from grokmoe.v1 import attention_pb2, expert_pb2
 from router.legs import Legs
@@ -56,15 +64,17 @@ class _Stream:
         try:
             data = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise await self._why(error) from error
         if data is _EOF:
             raise await self._why(None)
         return bytes(data)
 
     async def _why(self, error: Exception | None) -> GrokmoeError:
-        """The stream has ended: with which status?"""
+        """The stream has ended. That is a lost worker, whatever the status, unless it says that we are at fault."""
         if isinstance(error, grpc.aio.AioRpcError):
-            return from_rpc_error(error)
+            why = from_rpc_error(error)
+            is_ours = isinstance(why, InvalidRequest | FailedPrecondition | Unavailable)
+            return why if is_ours else Unavailable(f"the worker ended the stream: {why.message}")
         code, details = await self._call.code(), await self._call.details()
         if code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
             return Unavailable("the worker ended the stream")
@@ -200,6 +210,9 @@ class _ExpertStream:
                         future.set_result(message)
         except GrokmoeError as error:
             self.error = error if isinstance(error, Unavailable) else Unavailable(error.message)
+        finally:
+            # Also when the reader itself was cancelled: gRPC cancels a call when one of its writers is.
+            self.error = self.error or Unavailable("the stream was closed")
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(self.error)

@@ -42,9 +42,7 @@ class Step:
     cap: float = 30.0
 
     def run(self, kernel=cpu.paged_attention) -> torch.Tensor:
-        return kernel(
-            self.q_THd, self.k_KPSd, self.v_KPSd, self.batch, self.q_THd.shape[-1] ** -0.5, self.cap
-        )
+        return kernel(self.q_THd, self.k_KPSd, self.v_KPSd, self.batch, self.q_THd.shape[-1] ** -0.5, self.cap)
 
     def expected(self) -> torch.Tensor:
         """The twin in float32 on the same inputs."""
@@ -107,9 +105,7 @@ def test_mixed_batch_over_shuffled_pages(page_size: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2), (4, 1), (12, 2)])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_head_groups_and_sizes(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    make_step(
-        MIXED, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
-    ).check()
+    make_step(MIXED, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,9 +191,7 @@ def test_page_outside_the_cache_is_refused() -> None:
 def test_the_same_sequence_alone_and_in_a_batch() -> None:
     step = make_step(MIXED)
     row = 0
-    for chunk, out in zip(
-        step.batch.chunks, step.run().split([n for _, n in MIXED]), strict=True
-    ):
+    for chunk, out in zip(step.batch.chunks, step.run().split([n for _, n in MIXED]), strict=True):
         alone = StepBatch.build([chunk], 16)
         q_THd = step.q_THd[row : row + len(chunk.token_ids)]
         error = (Step(q_THd, step.k_KPSd, step.v_KPSd, alone).run() - out).abs().max()

@@ -15,14 +15,19 @@ SHAPE = TileShape(num_heads=4, num_kv_heads=2, head_dim=8, num_pages=100, page_s
 
 def test_rows_follow_the_chunks() -> None:
     batch = StepBatch.build(
-        [SequenceChunk((11, 12, 13), 3, (7, 2)), SequenceChunk((14,), 0, (5,)), SequenceChunk((15, 16), 8, (1, 0, 3))],
+        [
+            SequenceChunk((11, 12, 13), 3, (7, 2)),
+            SequenceChunk((14,), 0, (5,)),
+            SequenceChunk((15, 16), 8, (1, 0, 3)),
+        ],
         page_size=4,
     )
     assert batch.token_ids_T.tolist() == [11, 12, 13, 14, 15, 16]
     assert batch.positions_T.tolist() == [3, 4, 5, 0, 8, 9]
     assert batch.slots_T.tolist() == [7 * 4 + 3, 2 * 4, 2 * 4 + 1, 5 * 4, 3 * 4, 3 * 4 + 1]
     assert batch.last_rows_C.tolist() == [2, 3, 5]
-    assert {t.dtype for t in (batch.token_ids_T, batch.positions_T, batch.slots_T, batch.last_rows_C)} == {torch.int64}
+    tensors = (batch.token_ids_T, batch.positions_T, batch.slots_T, batch.last_rows_C)
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_empty() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from expert_worker.kernels import reference
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.checkpoint_writer import random_checkpoint
 from grokmoe.device_thread import DeviceThread
-from grokmoe.model_config import TINY, ModelConfig
+from grokmoe.model_config import TINY, Gelu, ModelConfig
 from grokmoe.telemetry import ExpertMetrics
-from grokmoe.tensor_names import EXPERT_LINEARS, expected, expert
+from grokmoe.tensor_names import EXPERT_LINEARS, expert
 
 CPU = torch.device("cpu")
 HELD = {0: tuple(range(8)), 1: tuple(range(8))}
@@ -44,17 +45,23 @@ def load(
     return experts
 
 
+@functools.lru_cache
+def _stacks(directory: Path, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    with Checkpoint.open(directory) as checkpoint:
+        return [
+            torch.stack(
+                [checkpoint.read(expert(layer, e, linear), dtype) for e in range(checkpoint.config.num_experts)]
+            )
+            for linear in EXPERT_LINEARS
+        ]
+
+
 def twin(
     directory: Path, layer: int, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor
 ) -> torch.Tensor:
-    """The output rows as the plain twin computes them from the checkpoint."""
-    with Checkpoint.open(directory) as checkpoint:
-        stacks = []
-        for linear in EXPERT_LINEARS:
-            shape = next(spec.shape for spec in expected(checkpoint.config) if spec.name == expert(0, 0, linear))
-            found = [checkpoint.read(expert(layer, e, linear), rows_ND.dtype) for e in expert_ids]
-            stacks.append(torch.stack(found) if found else torch.empty(0, *shape, dtype=rows_ND.dtype))
-        return reference.expert_mlp(rows_ND, counts, *stacks, checkpoint.config.gelu)
+    """The output rows as the plain twin computes them from the checkpoint, in the default variant."""
+    gate_EFD, up_EFD, down_EDF = (stack[list(expert_ids)] for stack in _stacks(directory, layer, rows_ND.dtype))
+    return reference.expert_mlp(rows_ND, counts, gate_EFD, up_EFD, down_EDF, Gelu.ERF)
 
 
 def draw(

@@ -72,7 +72,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None
     case = Case.random([150], 256, 512, dtype, Gelu.ERF)
     experts = packed(case)
     all_ND = cpu.expert_mlp(case.rows, [150], experts, case.gelu)
-    for num_rows in (*range(1, 34), 63, 64, 65, 128, 149):
+    for num_rows in (*range(1, 10), 15, 16, 17, 31, 33, 64, 65, 128, 149):
         for begin in (0, 150 - num_rows):
             some_ND = cpu.expert_mlp(case.rows[begin : begin + num_rows], [num_rows], experts, case.gelu)
             assert torch.equal(some_ND, all_ND[begin : begin + num_rows]), (num_rows, begin)
@@ -81,12 +81,12 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None
 def test_rows_need_not_be_aligned(experts: ExpertSet) -> None:
     """Rows that came in a message begin at any byte."""
     rows_ND = draw(3, dtype=experts.dtype)
-    data = bytes(1) + rows_ND.view(torch.uint8).numpy().tobytes()
+    data = bytearray(1) + rows_ND.view(torch.uint8).numpy().tobytes()
     shifted_ND = torch.frombuffer(data, dtype=experts.dtype, offset=1).view(3, -1)
     assert torch.equal(experts.forward(0, [1], [3], shifted_ND), experts.forward(0, [1], [3], rows_ND))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     layer=st.sampled_from([0, 1]), counts_of=st.dictionaries(st.integers(0, 7), st.sampled_from([0, 0, 1, 2, 9, 40]))
 )

@@ -236,6 +236,14 @@ class TestBatching:
         bench.run()
         bench.check_answers()
 
+    def test_more_decodes_than_the_budget(self) -> None:
+        bench = Bench(max_step_tokens=2)
+        oldest = [bench.add("a"), bench.add("b"), bench.add("c")][:2]
+        bench.step()
+        assert [chunk[0] for chunk in bench.step()] == oldest
+        bench.run()
+        bench.check_answers()
+
     def test_stop_token(self) -> None:
         bench = Bench()
         sequence = bench.add("abc", max_tokens=30, stop_ids=(1,))
@@ -368,6 +376,7 @@ class TestPreemption:
         bench.run()
         assert bench.received[young][: len(received)] == received, "nothing is sent twice or taken back"
         assert old.num_preemptions == 0
+        assert bench.scheduler.prefix_queries_tokens == 8, "the two prompts; recomputing is no query"
         bench.check_answers()
 
     def test_who_was_preempted_goes_before_who_came_later(self) -> None:
@@ -534,6 +543,17 @@ class TestTrouble:
         other.received = bench.received
         assert bench.scheduler.complete(step, [0, 0]) == [], "an answer from the dead is not heard"
         bench.scheduler.fail(step)
+        other.run()
+        other.check_answers()
+
+    def test_the_next_worker_may_have_larger_pages(self) -> None:
+        bench, other = Bench(page_size=2), Bench(page_size=4, max_running=1)
+        bench.add("abcac")
+        bench.add("abbbc")
+        bench.step()
+        for sequence in bench.scheduler.drain_all():
+            other.scheduler.add(sequence)
+        other.received = bench.received
         other.run()
         other.check_answers()
 

@@ -1,0 +1,121 @@
+"""`python -m expert_worker` as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from grokmoe import tensors
+from grokmoe.channel import open_channel
+from grokmoe.settings import child_environment
+from grokmoe.v1 import expert_pb2, tensor_pb2
+from tests.expert_worker.small_model import assert_near, draw, twin, write
+
+pytestmark = pytest.mark.cluster
+
+NAME = "grokmoe.v1.Expert"
+COMMAND = (sys.executable, "-m", "expert_worker")
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = child_environment(PYTHONPATH=str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
+
+
+@contextlib.asynccontextmanager
+async def worker(*flags: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, dict[str, str]]]:
+    """A worker process that is ready, and what it said on standard output until then."""
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *flags, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    said: dict[str, str] = {}
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            while "READY" not in said:
+                word, _, value = (await process.stdout.readline()).decode().strip().partition(" ")
+                assert word, "the worker ended before it was ready"
+                said[word] = value
+        yield process, said
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+def test_serve_and_stop(directory: Path) -> None:
+    async def scenario() -> None:
+        flags = ("--model", str(directory), "--experts", "0-3@0+5@all", "--threads", "1")
+        async with worker(*flags) as (process, said), open_channel(said["READY"]) as channel:
+            assert said.keys() == {"METRICS", "READY"}
+            health = health_pb2_grpc.HealthStub(channel)
+            status = await health.Check(health_pb2.HealthCheckRequest(service=NAME), timeout=5)
+            assert status.status == health_pb2.HealthCheckResponse.SERVING
+
+            describe = channel.unary_unary(
+                f"/{NAME}/Describe", response_deserializer=expert_pb2.ExpertDescribeResponse.FromString
+            )
+            reply = await describe(b"", timeout=5)
+            assert reply.dtype == tensor_pb2.DATA_TYPE_BFLOAT16
+            held = [(each.expert, each.layer_begin, each.layer_end) for each in reply.experts]
+            assert held == [(0, 0, 1), (1, 0, 1), (2, 0, 1), (3, 0, 1), (5, 0, 2)]
+
+            stream = channel.stream_stream(f"/{NAME}/Forward")()
+            rows_ND = draw(3, dtype=torch.bfloat16)
+            request = expert_pb2.ForwardRequest(request_id=1, layer=1, expert_ids=[5], counts=[3])
+            await stream.write(tensors.encode(request, rows_ND))
+            async with asyncio.timeout(10):
+                answer, out_ND = tensors.decode(expert_pb2.ForwardResponse, await stream.read())
+            assert not answer.HasField("failure"), answer.failure
+            assert out_ND is not None
+            assert_near(out_ND, twin(directory, 1, [5], [3], rows_ND))
+
+            # The open stream must not hold the process up.
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(4):
+                assert await process.wait() == 0
+
+    asyncio.run(scenario())
+
+
+def test_ends_with_its_parent(directory: Path) -> None:
+    async def scenario() -> None:
+        async with worker("--model", str(directory), "--exit-on-stdin-eof", "--metrics-port", "-1") as (process, said):
+            assert said.keys() == {"READY"}
+            assert process.stdin is not None
+            process.stdin.close()
+            async with asyncio.timeout(4):
+                assert await process.wait() == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "{none}"], ["config.json", "no such file"]),
+        (["--model", "{model}", "--experts", "8"], ["experts 0 to 7"]),
+    ],
+    ids=["no model", "no such expert"],
+)
+def test_what_cannot_start_says_why(directory: Path, tmp_path: Path, flags: list[str], words: list[str]) -> None:
+    flags = [flag.format(model=directory, none=tmp_path) for flag in flags]
+    done = subprocess.run([*COMMAND, *flags], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("expert_worker: error: ")
+    for word in words:
+        assert word in last
+    assert "Traceback" not in done.stderr
