@@ -4,8 +4,8 @@
 
 Prints a table and, as the last line, one JSON object. The formula is what one would write without pages: one
 product over the whole contiguous cache. It needs no gather, and in bfloat16 it rounds its scores, so the error of
-both is shown, relative to the float32 definition. Runs alternate between the two; times are medians, and minima
-for a machine that others use, too. A smaller --threads helps there.
+both is shown, relative to the float32 definition. Runs alternate between the two. Where other programs take the
+cores, every torch call waits for the slower thread and times mean little: use --cpu-time there.
 
 GF/s counts both products over the pairs that the causal mask leaves; GB/s one read of every key and value.
 
@@ -84,15 +84,17 @@ def formula(q_THd: torch.Tensor, k_BKLd: torch.Tensor, v_BKLd: torch.Tensor, num
     return out_TD
 
 
-def time_ms(runs: Sequence[Callable[[], object]], repeats: int) -> list[tuple[float, float]]:
+def time_ms(
+    runs: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float]
+) -> list[tuple[float, float]]:
     """(median, minimum) of alternating runs, two of each uncounted."""
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 2):
         for run, took in zip(runs, times, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             run()
             if repeat >= 2:
-                took.append(1e3 * (time.perf_counter() - begin))
+                took.append(1e3 * (clock() - begin))
     return [(statistics.median(took), min(took)) for took in times]
 
 
@@ -123,6 +125,7 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> dict[str, objec
         return batch
 
     batch = plan()
+    clock = time.thread_time if args.cpu_time else time.perf_counter
 
     def paged() -> torch.Tensor:
         return cpu.paged_attention(q_THd, k_KPSd, v_KPSd, batch, d**-0.5, CAP)
@@ -131,7 +134,7 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> dict[str, objec
         return formula(q_THd, k_BKLd, v_BKLd, case.num_new)
 
     expected = reference.paged_attention(q_THd.float(), k_KPSd.float(), v_KPSd.float(), batch, d**-0.5, CAP)
-    (paged_ms, paged_min), (formula_ms, formula_min) = time_ms((paged, contiguous), args.repeats)
+    (paged_ms, paged_min), (formula_ms, formula_min) = time_ms((paged, contiguous), args.repeats, clock)
     return {
         "case": case.name,
         "dtype": dtype,
@@ -140,7 +143,7 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> dict[str, objec
         "ratio": paged_ms / formula_ms,
         "paged_min_ms": paged_min,
         "formula_min_ms": formula_min,
-        "plan_ms": time_ms((plan,), args.repeats)[0][0],
+        "plan_ms": time_ms((plan,), args.repeats, clock)[0][0],
         "gflops": 4 * case.pairs * args.heads * d / paged_ms / 1e6,
         "gbytes": 2 * B * case.num_keys * K * d * q_THd.element_size() / paged_ms / 1e6,
         "paged_rms": relative_rms(paged(), expected),
@@ -158,7 +161,10 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs (default %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread's CPU time, for a machine in use")
     args = parser.parse_args()
+    if args.cpu_time:
+        args.threads = 1
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     print(HEADER)

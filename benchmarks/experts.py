@@ -1,4 +1,4 @@
-"""What do weights laid out beforehand and fused activations bring to the expert MLPs on this CPU, in time and exactness?
+"""What do laid-out weights and fused activations bring to the expert MLPs on this CPU, in time and exactness?
 
     python benchmarks/experts.py [--help]
 

@@ -74,7 +74,7 @@ class ExpertService:
             device=str(experts.device),
         )
 
-    async def Forward(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def Forward(self, requests: Any, context: Any) -> None:
         """Requests in, answers out as they are ready. A request that fails is answered with a Failure; the stream
         ends only with bytes that are no ForwardRequest, because after those nothing on it can be trusted."""
         stream = _ForwardStream(self._engine, self._metrics, self._max_rows, context)
@@ -92,13 +92,7 @@ class ExpertService:
 class _ForwardStream:
     """The state of one Forward stream: unfinished requests, and those between reading and answering."""
 
-    def __init__(
-        self,
-        engine: ExpertEngine,
-        metrics: ExpertMetrics,
-        max_rows: int,
-        context: grpc.aio.ServicerContext[bytes, bytes],
-    ) -> None:
+    def __init__(self, engine: ExpertEngine, metrics: ExpertMetrics, max_rows: int, context: Any) -> None:
         self._engine = engine
         self._metrics = metrics
         self._max_rows = max_rows
@@ -108,8 +102,10 @@ class _ForwardStream:
         )
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._writing = asyncio.Lock()
-        self._in_flight: dict[int, tuple[asyncio.Future[ExpertResult], asyncio.Task[None]]] = {}
+        self._ids: set[int] = set()
+        self._pending: dict[asyncio.Task[None], asyncio.Future[ExpertResult]] = {}
         self._reader: asyncio.Task[None] | None = None
+        self._is_idle = False
         self._is_draining = False
 
     async def serve(self) -> None:
@@ -120,24 +116,29 @@ class _ForwardStream:
         except asyncio.CancelledError:
             if not self._is_draining:
                 raise
-        await asyncio.gather(*(task for _, task in self._in_flight.values()))
+        await asyncio.gather(*self._pending)
 
     def drain(self) -> None:
         """Reads no more; `serve` returns when all that was read is answered."""
         self._is_draining = True
-        if self._reader is not None:
+        if self._reader is not None and self._is_idle:  # not in the middle of a write, which would stay half done
             self._reader.cancel()
 
     def drop(self) -> None:
         """Cancels what has not been answered."""
         if self._reader is not None:
             self._reader.cancel()
-        for future, task in self._in_flight.values():
+        for task, future in self._pending.items():
             future.cancel()
             task.cancel()
 
     async def _read(self) -> None:
-        while (data := await self._context.read()) is not grpc.aio.EOF:
+        while not self._is_draining:
+            self._is_idle = True
+            data = await self._context.read()
+            self._is_idle = False
+            if data is grpc.aio.EOF:  # type: ignore[attr-defined]
+                return
             try:
                 whole = self._rows.add(bytes(data))
             except InvalidRequest as error:
@@ -157,12 +158,14 @@ class _ForwardStream:
                 continue
             await self._slots.acquire()
             future = self._engine.submit(request.layer, tuple(request.expert_ids), tuple(request.counts), rows_ND)
+            self._ids.add(request.request_id)
             task = asyncio.create_task(self._answer(request.request_id, future))
-            self._in_flight[request.request_id] = future, task
+            self._pending[task] = future
+            task.add_done_callback(self._pending.pop)
 
     def _checked(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor | None) -> torch.Tensor:
         """The rows, once nothing about the request can fail but the computation."""
-        if request.request_id in self._in_flight:
+        if request.request_id in self._ids:
             raise InvalidRequest("request_id", f"is {request.request_id}, which is in flight on this stream")
         checked_ND = self._engine.experts.check(request.layer, request.expert_ids, request.counts, rows_ND)
         if len(checked_ND) > self._max_rows:
@@ -182,6 +185,7 @@ class _ForwardStream:
             except Exception as error:
                 logger.exception("request %d failed", request_id, exc_info=error)
                 self._metrics.requests.labels("failed").inc()
+                self._ids.discard(request_id)
                 await self._fail(request_id, error)
                 return
             header = expert_pb2.ForwardResponse(
@@ -190,14 +194,19 @@ class _ForwardStream:
                 compute_ns=result.compute_ns,
                 batch_rows=result.batch_rows,
             )
-            for message in tensors.encode_rows(header, result.rows_ND, "request_id"):
+            messages = tensors.encode_rows(header, result.rows_ND, "request_id")
+            message = next(messages, None)
+            while message is not None:
+                following = next(messages, None)
+                if following is None:  # the caller may use the id again as soon as it has this message
+                    self._ids.discard(request_id)
                 async with self._writing:
                     await self._context.write(message)
+                message = following
             self._metrics.requests.labels("ok").inc()
         except grpc.aio.BaseError as error:
             logger.debug("request %d: the caller is gone: %s", request_id, error)
         finally:
-            del self._in_flight[request_id]
             self._slots.release()
 
     async def _fail(self, request_id: int, error: Exception) -> None:

@@ -37,6 +37,7 @@ MAX_REFUSED = 1024
 PAYLOAD_FIELD = 15
 _PAYLOAD_TAG = (PAYLOAD_FIELD << 3) | 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MAX_EXTENT = 2**32 - 1
 
 _TORCH_BY_WIRE: dict[int, torch.dtype] = {
     tensor_pb2.DATA_TYPE_FLOAT32: torch.float32,
@@ -153,6 +154,8 @@ def _decode_tensor(data: bytes, begin: int, end: int) -> torch.Tensor:
             at, size = value, stop - value
     if len(shape) > MAX_DIMS:
         raise InvalidRequest("payload.shape", f"has more than {MAX_DIMS} dimensions")
+    if max(shape, default=0) > _MAX_EXTENT:
+        raise InvalidRequest("payload.shape", f"holds {max(shape)}, must be at most {_MAX_EXTENT}")
     dtype = torch_dtype(wire)
     count = math.prod(shape)
     if size != count * dtype.itemsize:
@@ -189,7 +192,9 @@ def _payload(data: bytes, span: tuple[int, int] | None) -> torch.Tensor | None:
 
 
 def _malformed(field: str, name: str, error: Exception) -> InvalidRequest:
-    return InvalidRequest(field, f"not a {name}: {error or 'malformed field'}")
+    # The first line: torch's messages go on with a stack trace.
+    reason = (str(error) or "malformed field").splitlines()[0]
+    return InvalidRequest(field, f"not a {name}: {reason}")
 
 
 def decode(kind: type[M], data: bytes) -> tuple[M, torch.Tensor | None]:

@@ -45,7 +45,10 @@ def _serve(argv: Sequence[str]) -> int:
 def _up(argv: Sequence[str]) -> int:
     from launcher.up import UpSettings, up
 
-    text = "Starts expert workers, attention workers and a router as processes on this host. Prints a line per process\nwhen it is ready and READY <address> last. SIGTERM or Ctrl-C ends them all."
+    text = (
+        "Starts expert workers, attention workers and a router as processes on this host. Prints a line per process\n"
+        "when it is ready and READY <address> last. SIGTERM or Ctrl-C ends them all."
+    )
     settings = _parse("up", text, UpSettings, argv)
     return _loop_run(up(from_namespace(UpSettings, settings)))
 

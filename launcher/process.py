@@ -28,10 +28,14 @@ MALLOC_SETTINGS = {
 """glibc settings that halve the cost of large messages (docs/log.md)."""
 
 
+_ROOT = str(Path(__file__).resolve().parent.parent)
+
+
 class RoleProcess:
     """One child. `address` and `metrics` are known once it is ready."""
 
     def __init__(self, role: str, index: int, module: str, flags: Sequence[str]) -> None:
+        """module: what `python -m` runs; it prints READY. flags: its command line."""
         self.role, self.index = role, index
         self.address = ""
         self.metrics = ""
@@ -60,8 +64,7 @@ class RoleProcess:
     async def start(self) -> None:
         """Spawns the child. Its standard input stays open as long as this process lives, then it ends itself."""
         # The packages may be a checkout that was never installed; a child must find them where we did.
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(part for part in (root, child_environment().get("PYTHONPATH", "")) if part)
+        path = os.pathsep.join(part for part in (_ROOT, child_environment().get("PYTHONPATH", "")) if part)
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
@@ -71,7 +74,8 @@ class RoleProcess:
             # Ctrl-C on the terminal goes to the parent, which ends its children in order.
             start_new_session=True,
         )
-        assert self._process.stdout and self._process.stderr
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
         self._readers = [
             asyncio.create_task(self._read_output(self._process.stdout)),
             asyncio.create_task(self._read_errors(self._process.stderr)),

@@ -43,6 +43,7 @@ class ServeSettings:
     max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
     max_running: int = setting(256, "sequences that hold KV pages at the same time")
     max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
     log_level: str = setting("info", "what is logged to standard error", choices=("debug", "info", "warning", "error"))
 
 
@@ -98,7 +99,11 @@ async def serve(settings: ServeSettings) -> None:
     experts = load_experts(settings, attention.device, ExpertMetrics(registry))
     link = LocalAttentionLink(attention, describe(attention))
     engine = build_engine(model, router, [link], RouterMetrics(registry), experts)
-    server = ServerSettings(listen=f"{settings.host}:{settings.port}", metrics_port=settings.metrics_port)
+    server = ServerSettings(
+        listen=f"{settings.host}:{settings.port}",
+        metrics_port=settings.metrics_port,
+        exit_on_stdin_eof=settings.exit_on_stdin_eof,
+    )
 
     async def join() -> None:
         await engine.start()

@@ -76,7 +76,7 @@ class GenerationService:
         """The router's view of the cluster."""
         return status.cluster(self._engine)
 
-    async def _generate(self, proto: pb.GenerateRequest) -> AsyncGenerator[pb.StreamGenerateResponse]:
+    async def _generate(self, proto: pb.GenerateRequest) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
         metrics = self._engine.metrics
         outcome = "CANCELLED"
         generation = None

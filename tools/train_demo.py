@@ -182,22 +182,14 @@ def build(corpus: Corpus, plan: Plan, out: Path) -> None:
 
 def main() -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="model folder to write")
-    parser.add_argument(
-        "--corpus", type=Path, help="package archive or folder of its texts, instead of a download"
-    )
+    parser.add_argument("--corpus", type=Path, help="package archive or folder of its texts, instead of a download")
     parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument(
-        "--minutes", type=float, default=36.0, help="end training, schedule included, by then"
-    )
+    parser.add_argument("--minutes", type=float, default=36.0, help="end training, schedule included, by then")
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--check-goldens", type=Path, metavar="DIR", help="only compare with reference logits"
-    )
+    parser.add_argument("--check-goldens", type=Path, metavar="DIR", help="only compare with reference logits")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.check_goldens:

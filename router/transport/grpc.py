@@ -213,6 +213,7 @@ class _ExpertStream:
         finally:
             # Also when the reader itself was cancelled: gRPC cancels a call when one of its writers is.
             self.error = self.error or Unavailable("the stream was closed")
+            self._stream.cancel()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(self.error)

@@ -72,13 +72,10 @@ def test_counts_that_do_not_fit_are_refused(counts_E: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gelu", Gelu)
 @pytest.mark.parametrize("counts_E", ROUTINGS.values(), ids=ROUTINGS)
-def test_kernels_match_twin(
-    grouped_gemm: ModuleType, counts_E: Sequence[int], gelu: Gelu, dtype: torch.dtype
-) -> None:
+def test_kernels_match_twin(grouped_gemm: ModuleType, counts_E: Sequence[int], dtype: torch.dtype) -> None:
     """Contiguous tensors: any access outside them raises OutOfBounds."""
-    case = Case.random(counts_E, *RAGGED, dtype, gelu)
+    case = Case.random(counts_E, *RAGGED, dtype, Gelu.ERF)
     assert_close(grouped_gemm.expert_mlp(*case.arguments), reference.expert_mlp(*case.arguments))
 
 
@@ -89,7 +86,7 @@ def test_kernels_in_a_sea_of_nan(
     grouped_gemm: ModuleType, counts_E: Sequence[int], D: int, F: int, dtype: torch.dtype
 ) -> None:
     """Every tensor is a slice with NaN around it on every axis: none may reach a result, none may change."""
-    case = Case.random(counts_E, D, F, dtype, Gelu.ERF)
+    case = Case.random(counts_E, D, F, dtype, Gelu.TANH)
     # Each with strides of its own.
     seas = [Sea.around(tensor, width) for width, tensor in enumerate(case.tensors, start=4)]
     rows, gate, up, down = (sea.island for sea in seas)
@@ -166,7 +163,5 @@ def test_tiles_cover_each_row_once(counts_E: list[int], block_rows: int) -> None
     [([1, 0], 16), ([16, 16], 16), ([17, 1], 64), ([64], 64), ([0, 65], 128), ([999], 128)],
     ids=str,
 )
-def test_tile_class_follows_the_busiest_expert(
-    grouped_gemm: ModuleType, counts_E: Sequence[int], rows: int
-) -> None:
+def test_tile_class_by_busiest_expert(grouped_gemm: ModuleType, counts_E: Sequence[int], rows: int) -> None:
     assert grouped_gemm.tile_class(counts_E, torch.bfloat16).rows == rows

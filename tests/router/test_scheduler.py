@@ -237,9 +237,12 @@ class TestBatching:
         bench.check_answers()
 
     def test_more_decodes_than_the_budget(self) -> None:
-        bench = Bench(max_step_tokens=2)
+        bench = Bench(max_step_tokens=2, num_lanes=2)
         oldest = [bench.add("a"), bench.add("b"), bench.add("c")][:2]
-        bench.step()
+        while bench.begin() is not None:
+            pass
+        for step in list(bench.in_flight):
+            bench.end(step)
         assert [chunk[0] for chunk in bench.step()] == oldest
         bench.run()
         bench.check_answers()
@@ -377,6 +380,15 @@ class TestPreemption:
         assert bench.received[young][: len(received)] == received, "nothing is sent twice or taken back"
         assert old.num_preemptions == 0
         assert bench.scheduler.prefix_queries_tokens == 8, "the two prompts; recomputing is no query"
+        bench.check_answers()
+
+    def test_a_prefill_under_way_gives_way_too(self) -> None:
+        bench = Bench(num_pages=4, max_chunk_tokens=4)
+        old, young = bench.add("abca"), bench.add("bbbbbbbbb")
+        assert bench.step() == [(old, 0, 4), (young, 0, 4)]
+        assert bench.step() == [(old, 4, 1)]
+        assert young.num_preemptions == 1
+        bench.run()
         bench.check_answers()
 
     def test_who_was_preempted_goes_before_who_came_later(self) -> None:

@@ -1,0 +1,47 @@
+# Each target sets up what it needs. `make demo` and `make test` work on a fresh clone; each has its own environment.
+
+PYTHON ?= python3
+DEMO_ENV := .venv-demo
+DEV_ENV := .venv
+
+.PHONY: demo test check stubs format clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_ENV)/installed
+	@$(DEMO_ENV)/bin/grokmoe demo
+
+# Two workers share the machine's cores; each test process computes with one thread (tests/conftest.py).
+test: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
+
+check: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/ruff format --check .
+	$(DEV_ENV)/bin/ruff check .
+	$(DEV_ENV)/bin/mypy
+	$(DEV_ENV)/bin/lint-imports
+	$(DEV_ENV)/bin/buf lint proto
+	$(DEV_ENV)/bin/buf format --diff --exit-code proto
+	$(DEV_ENV)/bin/python tools/make_stubs.py --check
+
+stubs: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/python tools/make_stubs.py
+
+format: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/ruff format .
+	$(DEV_ENV)/bin/ruff check --fix .
+
+# torch is asked for by its exact version, so that pip takes a build for the CPU where the index has one.
+$(DEMO_ENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DEMO_ENV)
+	$(DEMO_ENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(DEMO_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[server]'
+	@touch $@
+
+$(DEV_ENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DEV_ENV)
+	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[server,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(DEMO_ENV) $(DEV_ENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
