@@ -73,7 +73,7 @@ def _draw_cut(scaled_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch
     vocab_size = scaled_RV.shape[1]
     # Only what can be drawn is worth sorting: the largest top_k of the batch, or all where a row has none.
     width = max(how.top_k if 0 < how.top_k < vocab_size else vocab_size for how in hows)
-    sorted_RW, ids_RW = scaled_RV.sort(-1, descending=True, stable=True)
+    sorted_RW, ids_RW = scaled_RV.sort(dim=-1, descending=True, stable=True)
     sorted_RW, ids_RW = sorted_RW[:, :width], ids_RW[:, :width]
     top_k_R = torch.tensor([how.top_k or vocab_size for how in hows])
     sorted_RW = sorted_RW.masked_fill(torch.arange(width) >= top_k_R[:, None], float("-inf"))

@@ -10,9 +10,11 @@ import grpc
 
 from attention_worker.engine import AttentionEngine, MoeInput, StepRun
 from grokmoe import tensors
-from grokmoe.errors import FailedPrecondition, InvalidRequest, to_failure, to_status
+from grokmoe.errors import Code, FailedPrecondition, InvalidRequest
+from grokmoe.plan_codec import plan_from_proto
 from grokmoe.server import Service, raw_stream, unary
-from grokmoe.step_plan import StepResult, plan_from_proto
+from grokmoe.status import to_failure, to_status
+from grokmoe.step_plan import StepResult
 from grokmoe.v1 import attention_pb2
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ class _Lane:
 
     def _fail(self, step_id: int, error: Exception) -> bytes:
         failure = to_failure(error)
-        if failure.code == grpc.StatusCode.INTERNAL.value[0]:
+        if failure.code == Code.INTERNAL:
             logger.exception("step %d failed", step_id, exc_info=error)
             self._engine.metrics.steps.labels("failed").inc()
         if step_id == self._step_id:

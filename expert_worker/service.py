@@ -13,8 +13,9 @@ import torch
 
 from expert_worker.engine import ExpertEngine, ExpertResult
 from grokmoe import tensors
-from grokmoe.errors import InvalidRequest, Unavailable, to_failure, to_status
+from grokmoe.errors import InvalidRequest, Unavailable
 from grokmoe.server import Service, raw_stream, unary
+from grokmoe.status import to_failure, to_status
 from grokmoe.telemetry import ExpertMetrics
 from grokmoe.v1 import expert_pb2
 

@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from grokmoe.channel import TIMEOUTS, open_channel
-from grokmoe.errors import Cancelled, DeadlineExceeded, InternalError, Unavailable, from_rpc_error
+from grokmoe.errors import Cancelled, DeadlineExceeded, InternalError, Unavailable
 from grokmoe.options import GenerateOptions, Prompt, build_request
 from grokmoe.results import (
     Completion,
@@ -30,6 +30,7 @@ from grokmoe.results import (
     read_model,
     read_status,
 )
+from grokmoe.status import from_rpc_error
 from grokmoe.v1 import generation_pb2 as pb
 from grokmoe.v1 import generation_pb2_grpc
 

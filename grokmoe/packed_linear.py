@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from grokmoe.model_config import Gelu
 
-PACK_ROWS = 8
-"""The row count oneDNN chooses its layout for. One layout serves all row counts, as long as it is not made for one:
-float32 is up to three times as slow then. Measured with 1, 8, 32, 128 and 512 (docs/log.md)."""
+PACK_ROWS = 32
+"""The row count oneDNN chooses its layout for. One layout serves all row counts, unless it is made for few: float32 is
+up to three times as slow when made for 1, a few per cent for 8; 32, 128 and 512 are alike (docs/log.md)."""
 
 
 def _can_pack(dtype: torch.dtype) -> bool:

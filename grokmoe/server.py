@@ -23,8 +23,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from grokmoe.channel import SERVER_OPTIONS
-from grokmoe.errors import GrokmoeError, InternalError, StartupError, to_status
+from grokmoe.errors import GrokmoeError, InternalError, StartupError
 from grokmoe.settings import setting
+from grokmoe.status import to_status
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,6 @@ import dataclasses
 import enum
 from typing import Any
 
-from grokmoe.errors import InvalidRequest
-from grokmoe.v1 import attention_pb2
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenSampling:
@@ -28,11 +25,11 @@ GREEDY = TokenSampling()
 
 
 class LogitsScope(enum.IntEnum):
-    """Which rows of logits a chunk returns."""
+    """Which rows of logits a chunk returns. The numbers are those of the wire (grokmoe/plan_codec.py)."""
 
-    NONE = attention_pb2.LOGITS_SCOPE_UNSPECIFIED
-    LAST = attention_pb2.LOGITS_SCOPE_LAST
-    ALL = attention_pb2.LOGITS_SCOPE_ALL
+    NONE = 0
+    LAST = 1
+    ALL = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,41 +62,3 @@ class StepResult:
 
     token_ids: tuple[int, ...]
     logits: Any = None
-
-
-def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
-    """Renders a plan for the wire."""
-    proto = attention_pb2.StepPlan(incarnation=plan.incarnation)
-    for chunk in plan.chunks:
-        sampling = None
-        if chunk.sampling is not None:
-            sampling = attention_pb2.TokenSampling(
-                temperature=chunk.sampling.temperature,
-                top_k=chunk.sampling.top_k,
-                top_p=chunk.sampling.top_p,
-                seed=chunk.sampling.seed,
-            )
-        proto.chunks.add(
-            token_ids=chunk.token_ids,
-            start=chunk.start,
-            page_ids=chunk.page_ids,
-            sampling=sampling,
-            logits=chunk.logits.value,
-        )
-    return proto
-
-
-def plan_from_proto(proto: attention_pb2.StepPlan) -> StepPlan:
-    """Reads a plan from the wire. Whether it can be run is for the attention worker to check."""
-    chunks = []
-    for chunk in proto.chunks:
-        sampling = None
-        if chunk.HasField("sampling"):
-            wire = chunk.sampling
-            sampling = TokenSampling(wire.temperature, wire.top_k, wire.top_p or 1.0, wire.seed)
-        try:
-            scope = LogitsScope(int(chunk.logits))
-        except ValueError:
-            raise InvalidRequest("plan.chunks.logits", f"is {chunk.logits}: no such scope") from None
-        chunks.append(SequenceChunk(tuple(chunk.token_ids), chunk.start, tuple(chunk.page_ids), sampling, scope))
-    return StepPlan(proto.incarnation, tuple(chunks))

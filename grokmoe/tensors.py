@@ -138,7 +138,8 @@ def _fields(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int, 
 
 
 def _decode_tensor(data: bytes, begin: int, end: int) -> torch.Tensor:
-    wire, shape, at, size = 0, [], begin, 0
+    wire, at, size = 0, begin, 0
+    shape: list[int] = []
     for number, kind, _, value, stop in _fields(data, begin, end):
         if len(shape) > MAX_DIMS:
             break

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
@@ -39,9 +40,9 @@ class OutOfBounds(Exception):
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Within the block jit functions run in the interpreter, on CPU tensors."""
+    assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: these tests also need the compiler"
     # exp may overflow to infinity by design (tanh is 1 - 2 / (exp(2x) + 1)); numpy warns, GPUs do not.
     with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
-        patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(JITFunction, "run", _run)
         patch.setattr(JITFunction, "__call__", _call)
         for name, method in _repaired_builder().items():

@@ -2,7 +2,7 @@
 
 The source distribution of the Python package `shakespeare` carries the works as plain text: modern spelling
 in `*_gut.txt`, and the First Folio's spelling of the same plays in `*_gut_f.txt`, left out because a play
-held out in one spelling would leak through the other. A document here is one scene, one poem or one cast list.
+held out in one spelling would leak through the other. A document here is one scene, poem or cast list.
 """
 
 import hashlib

@@ -34,7 +34,7 @@ below this. Small groups lose to the fixed cost of some twenty torch calls, larg
 PADDING_SHARE = 0.15
 """Padding keys that tiles of unlike length may cause in a group, as a share of the group's work, and ..."""
 
-PADDING_BYTES = 512 << 10
+PADDING_BYTES = 256 << 10
 """... beyond that share, in bytes: another group would cost as much as this much padding."""
 
 Ints = NDArray[np.int64]

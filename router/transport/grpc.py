@@ -17,16 +17,10 @@ import torch
 
 from grokmoe import tensors
 from grokmoe.channel import TIMEOUTS, open_channel
-from grokmoe.errors import (
-    FailedPrecondition,
-    GrokmoeError,
-    InternalError,
-    InvalidRequest,
-    Unavailable,
-    from_failure,
-    from_rpc_error,
-)
-from grokmoe.step_plan import StepPlan, StepResult, plan_to_proto
+from grokmoe.errors import FailedPrecondition, GrokmoeError, InternalError, InvalidRequest, Unavailable
+from grokmoe.plan_codec import plan_to_proto
+from grokmoe.status import from_failure, from_rpc_error
+from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.v1 import attention_pb2, expert_pb2
 from router.legs import Legs
 from router.transport.base import AttentionInfo, ExpertInfo, ExpertReply, Hole

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -85,6 +86,49 @@ def test_serve_and_stop(directory: Path) -> None:
             process.send_signal(signal.SIGTERM)
             async with asyncio.timeout(4):
                 assert await process.wait() == 0
+
+    asyncio.run(scenario())
+
+
+SLOW_LOADING = """
+import sys, time
+from expert_worker import weights, __main__
+def load(experts, checkpoint, is_stopping):
+    while not is_stopping():
+        time.sleep(0.01)
+    raise weights.Cancelled("stopped")
+weights.load = load
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_while_it_loads(directory: Path, tmp_path: Path) -> None:
+    """Alive, not ready, and willing to stop."""
+
+    async def scenario() -> None:
+        address = f"unix:{tmp_path}/socket"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", SLOW_LOADING, "--model", str(directory), "--listen", address,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+        )  # fmt: skip
+        try:
+            async with open_channel(address) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                alive = await health.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True)
+                assert alive.status == health_pb2.HealthCheckResponse.SERVING
+                ready = await health.Check(health_pb2.HealthCheckRequest(service=NAME), timeout=5)
+                assert ready.status == health_pb2.HealthCheckResponse.NOT_SERVING
+                with pytest.raises(grpc.RpcError) as raised:
+                    await channel.unary_unary(f"/{NAME}/Describe")(b"", timeout=5)
+                assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(4):
+                assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+            said, _ = await process.communicate()
+        assert b"READY" not in said
 
     asyncio.run(scenario())
 

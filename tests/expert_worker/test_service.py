@@ -23,9 +23,10 @@ from expert_worker.service import ExpertService
 from grokmoe import tensors
 from grokmoe.channel import open_channel
 from grokmoe.device_thread import DeviceThread
-from grokmoe.errors import GrokmoeError, InvalidRequest, from_rpc_error
+from grokmoe.errors import GrokmoeError, InvalidRequest
 from grokmoe.model_config import TINY
 from grokmoe.server import RoleServer
+from grokmoe.status import from_rpc_error
 from grokmoe.v1 import expert_pb2, tensor_pb2
 from tests.expert_worker.small_model import (
     HELD,

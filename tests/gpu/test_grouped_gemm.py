@@ -24,14 +24,12 @@ pytestmark = [
 @pytest.mark.parametrize("gelu", Gelu)
 @pytest.mark.parametrize(("D", "F"), [(136, 200), (1024, 2048)], ids=str)
 @pytest.mark.parametrize("counts_E", ROUTINGS.values(), ids=ROUTINGS)
-def test_kernels_match_twin(
-    counts_E: Sequence[int], D: int, F: int, gelu: Gelu, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_match_twin(counts_E: Sequence[int], D: int, F: int, gelu: Gelu, dtype: torch.dtype) -> None:
     """Aligned tensors, twice, bit for bit; then slices in a sea of NaN, whose strides allow no wide loads."""
     pytest.importorskip("triton")
     from expert_worker.kernels.grouped_gemm import expert_mlp, launch
 
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert not torch.backends.cuda.matmul.allow_tf32, "the twin would round its operands"
     case = Case.random(counts_E, D, F, dtype, gelu, device="cuda")
     expected = reference.expert_mlp(*case.arguments)
     actual = expert_mlp(*case.arguments)

@@ -21,8 +21,8 @@ from grokmoe.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
-    to_status,
 )
+from grokmoe.status import to_status
 from grokmoe.v1 import generation_pb2 as pb
 from grokmoe.v1 import generation_pb2_grpc
 

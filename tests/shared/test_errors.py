@@ -15,7 +15,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from grokmoe import errors
-from grokmoe.errors import GrokmoeError, InvalidRequest, from_failure, from_rpc_error, to_failure, to_status
+from grokmoe.errors import GrokmoeError, InvalidRequest
+from grokmoe.status import ERROR_DOMAIN, MAX_STATUS_MESSAGE_BYTES, from_failure, from_rpc_error, to_failure, to_status
 
 METHOD = "/test.Errors/Fail"
 TREE = [
@@ -116,7 +117,7 @@ def test_a_long_message_is_cut_and_keeps_its_code(server: Server, catch: Any, ch
     assert found.field == "text"
     assert found.description.startswith(character * 200)
     assert found.description.endswith("...")
-    assert len(found.message.encode()) <= errors.MAX_STATUS_MESSAGE_BYTES
+    assert len(found.message.encode()) <= MAX_STATUS_MESSAGE_BYTES
 
 
 def test_a_message_that_is_no_unicode_text_is_still_sent(server: Server, catch: Any) -> None:
@@ -168,7 +169,7 @@ def test_other_languages_find_the_standard_details(server: Server) -> None:
     assert (violation.field, violation.description) == ("a.b", "is wrong")
     assert unpacked(full, error_details_pb2.RetryInfo).retry_delay.ToTimedelta().total_seconds() == 2.5
     info = unpacked(full, error_details_pb2.ErrorInfo)
-    assert (info.reason, info.domain) == ("RESOURCE_EXHAUSTED", errors.ERROR_DOMAIN)
+    assert (info.reason, info.domain) == ("RESOURCE_EXHAUSTED", ERROR_DOMAIN)
 
 
 @pytest.mark.parametrize("error", TREE, ids=lambda error: type(error).__name__)

@@ -1,0 +1,92 @@
+"""Where experts are put, what the table says, and which worker a call uses."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from grokmoe.errors import ConfigError
+from router.placement import Placement, spread
+
+
+@given(st.integers(1, 20), st.integers(1, 24), st.integers(1, 5))
+def test_spread_is_even_and_complete(num_experts: int, num_workers: int, num_replicas: int) -> None:
+    assume(num_replicas <= num_workers <= num_experts * num_replicas)
+    held = spread(num_experts, num_workers, num_replicas)
+    assert len(held) == num_workers
+    assert all(list(experts) == sorted(set(experts)) and experts for experts in held)
+    assert Counter(expert for experts in held for expert in experts) == dict.fromkeys(range(num_experts), num_replicas)
+    sizes = [len(experts) for experts in held]
+    assert max(sizes) - min(sizes) <= num_replicas
+    if num_experts % num_workers == 0:
+        assert len(set(sizes)) == 1, "exactly even where it can be"
+
+
+def test_spread_examples() -> None:
+    assert spread(8, 2) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert spread(8, 3) == ((0, 1, 2), (3, 4, 5), (6, 7))
+    assert spread(4, 4, 2) == ((0, 3), (0, 1), (1, 2), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8, 0, 1), "at least one worker"),
+        ((8, 2, 0), "at least one worker and one replica"),
+        ((8, 2, 3), "3 replicas of an expert need as many workers, there are 2"),
+        ((8, 9, 1), "9 workers for 8 experts"),
+    ],
+)
+def test_spreads_that_cannot_be(arguments: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spread(*arguments)
+
+
+def test_the_table_is_what_workers_say() -> None:
+    placement = Placement.build(2, 3, {1: [(0, 0, 2), (1, 0, 1)], 0: [(1, 0, 2), (2, 0, 2)]})
+    assert placement.holders == (((1,), (0, 1), (0,)), ((1,), (0,), (0,)))
+
+
+def test_preferred_workers_come_in_their_order() -> None:
+    held = {worker: [(expert, 0, 1) for expert in range(2)] for worker in range(3)}
+    placement = Placement.build(1, 2, held, {0: [2, 0]})
+    assert placement.holders == (((2, 0), (0, 1, 2)),)
+
+
+@pytest.mark.parametrize(
+    ("held", "preferred", "message"),
+    [
+        ({0: [(0, 0, 2)]}, None, "no expert worker holds expert 1 in layer 0"),
+        ({0: [(0, 0, 2), (1, 0, 1)]}, None, "no expert worker holds expert 1 in layer 1"),
+        ({}, None, "no expert worker holds expert 0"),
+        ({0: [(2, 0, 2)]}, None, "says it holds expert 2 in layers 0-1; the model has 2 experts"),
+        ({0: [(0, 0, 3)]}, None, "says it holds expert 0 in layers 0-2"),
+        ({0: [(0, 1, 1)]}, None, "says it holds expert 0"),
+        ({0: [(0, 0, 2), (1, 0, 2)]}, {1: [4]}, "puts expert 1 on worker 4, which does not hold it"),
+        ({0: [(0, 0, 2), (1, 0, 2)]}, {1: []}, "no expert worker holds expert 1"),
+        ({0: [(0, 0, 2), (1, 0, 2)]}, {2: [0]}, "names expert 2, the model has experts 0 to 1"),
+    ],
+)
+def test_tables_that_cannot_be(
+    held: dict[int, list[tuple[int, int, int]]], preferred: dict[int, list[int]] | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Placement.build(2, 2, held, preferred)
+
+
+class TestChoose:
+    PLACEMENT = Placement((((0, 1), (0, 1), (0, 1), (2,)),))
+
+    def test_replicas_share_the_experts_of_an_idle_cluster(self) -> None:
+        assert self.PLACEMENT.choose(0, {0, 1, 2}, {}) == [0, 1, 0, 2]
+
+    def test_the_least_loaded_is_used(self) -> None:
+        assert self.PLACEMENT.choose(0, {0, 1, 2}, {0: 5, 1: 4}) == [1, 1, 1, 2]
+        assert self.PLACEMENT.choose(0, {0, 1, 2}, {0: 5, 1: 5, 2: 99}) == [0, 1, 0, 2]
+
+    def test_only_ready_workers_are_used(self) -> None:
+        assert self.PLACEMENT.choose(0, {1}, {1: 1000}) == [1, 1, 1, None]
+        assert self.PLACEMENT.choose(0, (), {}) == [None] * 4

@@ -1,0 +1,228 @@
+"""tiny-a in float32, taken apart: attention engines, its experts as a function, and an engine over any links."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from attention_worker.engine import AttentionEngine, AttentionEngineSettings
+from attention_worker.weights import AttentionWeights, load_weights
+from expert_worker import weights as expert_weights
+from expert_worker.experts import ExpertSet
+from grokmoe import tensor_names
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.device_thread import DeviceThread
+from grokmoe.errors import Unavailable
+from grokmoe.step_plan import StepPlan, StepResult
+from grokmoe.telemetry import AttentionMetrics, RouterMetrics, new_registry
+from launcher.serve import describe
+from router.engine import Engine, EngineSettings
+from router.experts import ExpertPool, ExpertPoolSettings
+from router.generation import Generation
+from router.legs import Legs
+from router.moe import Gates, LocalMoe, RemoteMoe, RowCounter
+from router.scheduler import SchedulerSettings
+from router.sequence import Request, SamplingSettings
+from router.transport.base import AttentionInfo, AttentionLink, ExpertInfo, ExpertLink, ExpertReply, Hole
+from router.transport.local import LocalAttentionLink, LocalExpertLink
+from tests import goldens
+
+CONFIG = goldens.config()
+DTYPE = torch.float32
+PAGE_SIZE = 8
+TIMEOUT = 60.0
+"""Seconds after which a wait counts as a hang."""
+
+
+@functools.cache
+def attention_weights() -> AttentionWeights:
+    with Checkpoint.open(goldens.DIRECTORY) as checkpoint:
+        return load_weights(checkpoint, DTYPE, torch.device("cpu"))
+
+
+@functools.cache
+def gates() -> Gates:
+    with Checkpoint.open(goldens.DIRECTORY) as checkpoint:
+        return Gates.from_weights(
+            [checkpoint.read(tensor_names.gate(layer), DTYPE) for layer in range(CONFIG.num_layers)]
+        )
+
+
+@functools.cache
+def expert_set() -> ExpertSet:
+    with Checkpoint.open(goldens.DIRECTORY) as checkpoint:
+        held = {layer: tuple(range(CONFIG.num_experts)) for layer in range(CONFIG.num_layers)}
+        experts = ExpertSet(CONFIG, held, DTYPE, torch.device("cpu"))
+        expert_weights.load(experts, checkpoint)
+    return experts
+
+
+@functools.cache
+def device() -> DeviceThread:
+    """One for all attention engines: tests compute one thing at a time anyway."""
+    thread = DeviceThread("test-attention")
+    thread.call(torch.set_num_threads, 1)
+    return thread
+
+
+def attention_engine(num_pages: int = 64, max_step_tokens: int = 512, page_size: int = PAGE_SIZE) -> AttentionEngine:
+    """A worker just started: nothing in its cache, and an incarnation of its own."""
+    sizes = AttentionEngineSettings(num_pages, page_size, max_step_tokens)
+    return AttentionEngine(CONFIG, attention_weights(), sizes, AttentionMetrics(new_registry()), device())
+
+
+def attention_link(**sizes: int) -> LocalAttentionLink:
+    engine = attention_engine(**sizes)
+    return LocalAttentionLink(engine, describe(engine))
+
+
+class RestartingAttention:
+    """A link to a worker that dies in the middle of the steps whose numbers are in `dies_at`, and is another then.
+
+    returns: whether it comes back after that.
+    """
+
+    address = "restarting"
+
+    def __init__(self, dies_at: Iterable[int], returns: bool = True, **sizes: int) -> None:
+        self.num_steps = 0
+        self.incarnations: list[str] = []
+        self._dies_at, self._returns, self._sizes = set(dies_at), returns, sizes
+        self._start()
+
+    def _start(self) -> None:
+        self._link: LocalAttentionLink | None = attention_link(**self._sizes)
+
+    async def describe(self) -> AttentionInfo:
+        if self._link is None:
+            if not self._returns:
+                raise Unavailable("gone")
+            self._start()
+            assert self._link is not None
+        info = await self._link.describe()
+        self.incarnations.append(info.incarnation)
+        return info
+
+    async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
+        if self._link is None:
+            raise Unavailable("gone")
+        number, self.num_steps = self.num_steps, self.num_steps + 1
+        result = await self._link.step(lane, plan, hole, legs)
+        if number in self._dies_at:  # computed, but the answer was lost
+            self._link = None
+            raise Unavailable("died")
+        return result
+
+    async def close(self) -> None: ...
+
+
+def experts(
+    layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+) -> torch.Tensor:
+    return expert_set().forward(layer, expert_ids, counts, rows_ND)
+
+
+def expert_info(held: Iterable[int] = range(8), **changes: Any) -> ExpertInfo:
+    info = ExpertInfo(
+        config_hash=CONFIG.content_hash,
+        incarnation="one",
+        dtype=DTYPE,
+        experts=tuple((expert, 0, CONFIG.num_layers) for expert in held),
+        max_rows=8192,
+        device="cpu",
+    )
+    return dataclasses.replace(info, **changes)
+
+
+class ExpertDouble(LocalExpertLink):
+    """An expert worker that the test can take away. `calls`: (layer, expert ids) of every call it got."""
+
+    def __init__(self, held: Iterable[int] = range(8), forward: Callable[..., torch.Tensor] = experts) -> None:
+        self.info = expert_info(held)
+        super().__init__(forward, self.info, f"double {sorted(held)}")
+        self.is_up = True
+        self.calls: list[tuple[int, tuple[int, ...]]] = []
+
+    async def describe(self) -> ExpertInfo:
+        if not self.is_up:
+            raise Unavailable("away")
+        return self.info
+
+    async def forward(
+        self, lane: int, layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+    ) -> ExpertReply:
+        self.calls.append((layer, expert_ids))
+        if not self.is_up:
+            raise Unavailable("away")
+        return await super().forward(lane, layer, expert_ids, counts, rows_ND)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    attention: Sequence[AttentionLink] | AttentionLink,
+    expert_links: Sequence[ExpertLink] | None = None,
+    pool_settings: ExpertPoolSettings | None = None,
+    max_waiting: int = 1024,
+    **limits: Any,
+) -> AsyncIterator[Engine]:
+    """An engine that has started. Its books are checked at the end. expert_links: None for experts in this process."""
+    links = attention if isinstance(attention, Sequence) else [attention]
+    counter, pool = RowCounter(CONFIG), None
+    make_hole: Callable[[int, Legs], Hole]
+    if expert_links is None:
+
+        def make_hole(lane: int, legs: Legs) -> Hole:
+            return LocalMoe(CONFIG, gates(), experts, counter, legs)
+
+    else:
+        remote = pool = ExpertPool(CONFIG, DTYPE, expert_links, None, pool_settings)
+
+        def make_hole(lane: int, legs: Legs) -> Hole:
+            return RemoteMoe(CONFIG, gates(), remote, counter, device(), lane, legs)
+
+    settings = EngineSettings(
+        SchedulerSettings(context_length=CONFIG.context_length, **{"min_lane_rows": 1, **limits}), max_waiting, 30.0
+    )
+    engine = Engine(CONFIG, DTYPE, links, make_hole, pool, counter, settings, RouterMetrics(new_registry()))
+    await engine.start()
+    try:
+        yield engine
+        engine.check()
+    finally:
+        await engine.close()
+
+
+def golden_request(prompt: str, max_tokens: int = 16, **changes: Any) -> Request:
+    """Greedy, so that `goldens.greedy` is the answer."""
+    greedy = SamplingSettings(temperature=0.0)
+    request = Request(
+        request_id=prompt, prompt_ids=tuple(goldens.PROMPTS[prompt]), sampling=greedy, max_tokens=max_tokens
+    )
+    return dataclasses.replace(request, **changes)
+
+
+def golden_tokens(prompt: str) -> list[int]:
+    return goldens.greedy("seed", prompt)
+
+
+async def tokens_of(generation: Generation) -> list[int]:
+    """All tokens of a generation, to its end."""
+    tokens, finish_reason = [], None
+    async with asyncio.timeout(TIMEOUT):
+        while finish_reason is None:
+            more, finish_reason = await generation.take()
+            tokens += more
+    return tokens
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for a condition; fails if it takes too long."""
+    async with asyncio.timeout(TIMEOUT):
+        while not condition():
+            await asyncio.sleep(0.002)
