@@ -11,7 +11,7 @@ import torch
 
 
 def rms_norm(x: torch.Tensor, gain_D: torch.Tensor, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """gain * x / sqrt(mean(x^2) + eps) over the last dimension, in float32; returns x's shape in `dtype`, or x's own."""
+    """gain * x / sqrt(mean(x^2) + eps) over the last dimension, in float32; x's shape, in `dtype` or x's own."""
     return torch.nn.functional.rms_norm(x.float(), gain_D.shape, gain_D.float(), eps).to(dtype or x.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -27,11 +28,17 @@ class AttentionService:
 
     def __init__(self, engine: AttentionEngine) -> None:
         self._engine = engine
+        self._lanes: set[_Lane] = set()
 
     def as_service(self) -> Service:
         """What a server registers."""
         describe = unary(self.Describe, attention_pb2.AttentionDescribeRequest, attention_pb2.AttentionDescribeResponse)
-        return Service(SERVICE, {"Describe": describe, "Step": raw_stream(self.Step)})
+        return Service(SERVICE, {"Describe": describe, "Step": raw_stream(self.Step)}, drain=self.drain)
+
+    def drain(self) -> None:
+        """Lets every lane finish the step under way, then end."""
+        for lane in self._lanes:
+            lane.drain()
 
     async def Describe(
         self, request: attention_pb2.AttentionDescribeRequest, context: Any
@@ -54,13 +61,15 @@ class AttentionService:
     async def Step(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """One lane of steps. A step that fails is answered with a Failure; the lane goes on."""
         lane = _Lane(self._engine)
+        self._lanes.add(lane)
         try:
-            while (data := await context.read()) is not grpc.aio.EOF:
-                for message in await lane.take(bytes(data)):
+            while (data := await lane.read(context)) is not None:
+                for message in await lane.take(data):
                     await context.write(message)
         except InvalidRequest as error:  # bytes that are no message: nothing on this stream can be trusted any more
             await context.abort_with_status(to_status(error))
         finally:
+            self._lanes.discard(lane)
             lane.close()
 
 
@@ -72,9 +81,32 @@ class _Lane:
         self._run: StepRun | None = None
         self._step_id = 0
         self._layer = 0
+        self._is_draining = False
+        self._reading: asyncio.Task[Any] | None = None
         self._rows: tensors.RowAssembler[attention_pb2.StepRequest] = tensors.RowAssembler(
             attention_pb2.StepRequest, "step_id", engine.settings.max_step_tokens, engine.config.hidden_size
         )
+
+    async def read(self, context: Any) -> bytes | None:
+        """The next message; None when the caller is done, or no step is under way and the lane is to end."""
+        if self._is_draining and self._run is None:
+            return None
+        self._reading = asyncio.ensure_future(context.read())
+        try:
+            data = await self._reading
+        except asyncio.CancelledError:
+            if self._is_draining and self._run is None:
+                return None
+            raise
+        finally:
+            self._reading = None
+        return None if data is grpc.aio.EOF else bytes(data)
+
+    def drain(self) -> None:
+        """No further step begins; the one under way goes on."""
+        self._is_draining = True
+        if self._run is None and self._reading is not None:
+            self._reading.cancel()
 
     async def take(self, data: bytes) -> list[bytes]:
         """One message in, the messages that answer it out. Raises InvalidRequest for bytes that are no message."""

@@ -13,7 +13,8 @@
         ├── ConfigError       a model configuration or a setting that cannot be
         └── CheckpointError   a checkpoint that cannot be loaded
 
-How they travel is in grokmoe/status.py. An `assert` marks what only a programmer can cause; everything a caller or an operator can cause is in this tree.
+An `assert` marks what only a programmer can cause; everything a caller or an operator can cause is in this tree.
+How errors travel is in grokmoe/status.py.
 """
 
 from __future__ import annotations

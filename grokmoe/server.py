@@ -184,9 +184,11 @@ def stop_signal(exit_on_stdin_eof: bool = False) -> asyncio.Event:
     if exit_on_stdin_eof:
 
         def watch() -> None:
-            while sys.stdin.buffer.read(4096):
+            # Not sys.stdin: its lock, held by a thread that waits in a read, would abort the interpreter at exit.
+            while os.read(0, 4096):
                 pass
-            loop.call_soon_threadsafe(stop.set)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending already
+                loop.call_soon_threadsafe(stop.set)
 
         threading.Thread(target=watch, name="stdin-watch", daemon=True).start()
     return stop

@@ -36,7 +36,7 @@ from tests import goldens
 CONFIG = goldens.config()
 DTYPE = torch.float32
 PAGE_SIZE = 8
-TIMEOUT = 60.0
+TIMEOUT = 30.0
 """Seconds after which a wait counts as a hang."""
 
 

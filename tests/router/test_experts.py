@@ -1,0 +1,262 @@
+"""The pool of expert workers: what becomes of a call when its worker is lost, slow, back, or another than it was."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+import torch
+
+from grokmoe.errors import ConfigError, InvalidRequest, Unavailable
+from router import dispatch
+from router.experts import ExpertPool, ExpertPoolSettings, ExpertsUnavailable
+from router.legs import Legs
+from router.transport.base import ExpertInfo, ExpertLink
+from router.worker_state import WorkerState
+from tests.router import tiny
+from tests.router.tiny import CONFIG, DTYPE, ExpertDouble, expert_info, until
+
+QUICK = ExpertPoolSettings(replica_wait=0.1, probe_interval=0.005)
+PATIENT = ExpertPoolSettings(replica_wait=30.0, probe_interval=0.005)
+
+X_TD = torch.randn(9, CONFIG.hidden_size, generator=torch.Generator().manual_seed(3))
+IDS_TK = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(token))[:2] for token in range(9)])
+WEIGHTS_TK = torch.rand(9, 2, generator=torch.Generator().manual_seed(4))
+
+
+@contextlib.asynccontextmanager
+async def pool_of(
+    links: Sequence[ExpertLink], settings: ExpertPoolSettings = QUICK, is_connected: bool = True
+) -> AsyncIterator[ExpertPool]:
+    pool = ExpertPool(CONFIG, DTYPE, links, None, settings)
+    try:
+        if is_connected:
+            for member in pool.members:
+                await pool.connect(member)
+            pool.place()
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def call(pool: ExpertPool, layer: int = 1, legs: Legs | None = None) -> torch.Tensor:
+    """One MoE call. Returns rows in the order of tokens and ranks, whoever computed them."""
+    plan = dispatch.plan(IDS_TK, WEIGHTS_TK, await pool.choose(layer))
+    rows_ND = await pool.forward(0, layer, plan.shards, dispatch.gather(plan, X_TD), legs or Legs())
+    return rows_ND[plan.row_of_rank_TK.reshape(-1)]
+
+
+def expected(layer: int = 1) -> torch.Tensor:
+    plan = dispatch.plan(IDS_TK, WEIGHTS_TK, [0] * 8)
+    (shard,) = plan.shards
+    rows_ND = tiny.experts(layer, shard.expert_ids, shard.counts, dispatch.gather(plan, X_TD))
+    return rows_ND[plan.row_of_rank_TK.reshape(-1)]
+
+
+def num_rows_of(link: ExpertDouble) -> int:
+    return len(link.calls)
+
+
+@pytest.mark.parametrize("held", [[range(8)], [range(4), range(4, 8)], [range(8), range(8), range(8)]])
+def test_rows_come_back_in_their_order(held: list[range]) -> None:
+    async def main() -> None:
+        async with pool_of([ExpertDouble(experts) for experts in held]) as pool:
+            legs = Legs()
+            assert torch.equal(await call(pool, legs=legs), expected())
+            assert legs.seconds["expert"] > 0
+            assert all(member.rows_in_flight == 0 for member in pool.members)
+
+    asyncio.run(main())
+
+
+def test_no_rows_need_no_worker() -> None:
+    async def main() -> None:
+        async with pool_of([ExpertDouble()]) as pool:
+            rows_ND = torch.empty(0, CONFIG.hidden_size)
+            assert (await pool.forward(0, 0, (), rows_ND, Legs())).shape == rows_ND.shape
+
+    asyncio.run(main())
+
+
+def test_a_lost_worker_s_rows_go_to_the_replica() -> None:
+    async def main() -> None:
+        lost, replica = ExpertDouble(), ExpertDouble()
+        async with pool_of([lost, replica]) as pool:
+            lost.is_up = False
+            assert torch.equal(await call(pool), expected()), "bit for bit"
+            assert pool.members[0].state is WorkerState.SUSPECT
+            num_calls = num_rows_of(lost)
+            assert num_calls == 1
+            assert torch.equal(await call(pool), expected())
+            assert num_rows_of(lost) == num_calls, "a suspect worker gets no work"
+            lost.is_up = True
+            await until(lambda: pool.members[0].state is WorkerState.READY)
+            await call(pool)
+            assert num_rows_of(lost) == num_calls + 1, "a probe has brought it back"
+
+    asyncio.run(main())
+
+
+def test_a_shard_is_cut_up_when_its_experts_are_on_different_workers() -> None:
+    async def main() -> None:
+        lost, low, high = ExpertDouble(), ExpertDouble(range(4)), ExpertDouble(range(4, 8))
+        async with pool_of([lost, low, high]) as pool:
+            lost.is_up = False
+            plan = dispatch.plan(IDS_TK, WEIGHTS_TK, [0] * 8)
+            rows_ND = await pool.forward(0, 1, plan.shards, dispatch.gather(plan, X_TD), Legs())
+            assert torch.equal(rows_ND[plan.row_of_rank_TK.reshape(-1)], expected())
+            assert low.calls[0][1] == (0, 1, 2, 3)
+            assert high.calls[0][1] == (4, 5, 6, 7)
+
+    asyncio.run(main())
+
+
+def test_a_worker_lost_after_it_was_chosen_gets_no_call() -> None:
+    async def main() -> None:
+        lost, replica = ExpertDouble(), ExpertDouble()
+        async with pool_of([lost, replica]) as pool:
+            plan = dispatch.plan(IDS_TK, WEIGHTS_TK, [0] * 8)
+            pool.members[0].state = WorkerState.SUSPECT
+            await pool.forward(0, 1, plan.shards, dispatch.gather(plan, X_TD), Legs())
+            assert lost.calls == []
+
+    asyncio.run(main())
+
+
+def test_a_call_waits_for_a_worker_to_come_back() -> None:
+    async def main() -> None:
+        only = ExpertDouble()
+        async with pool_of([only], PATIENT) as pool:
+            only.is_up = False
+            calls = [asyncio.create_task(call(pool)) for _ in range(3)]
+            await until(lambda: pool.members[0].state is WorkerState.SUSPECT)
+            late = asyncio.create_task(call(pool, layer=2))
+            await asyncio.sleep(0)
+            assert not any(task.done() for task in (*calls, late))
+            only.is_up = True
+            for answer in await asyncio.gather(*calls):
+                assert torch.equal(answer, expected())
+            assert torch.equal(await late, expected(2))
+
+    asyncio.run(main())
+
+
+def test_without_any_worker_a_call_fails_in_time() -> None:
+    async def main() -> None:
+        low, high = ExpertDouble(range(4)), ExpertDouble(range(4, 8))
+        async with pool_of([low, high]) as pool:
+            high.is_up = False
+            with pytest.raises(ExpertsUnavailable, match="no worker holds expert 4 of layer 1; waited 0.1 s") as caught:
+                await call(pool)
+            assert isinstance(caught.value, Unavailable)
+            with pytest.raises(ExpertsUnavailable):
+                await call(pool)
+            assert pool.members[0].state is WorkerState.READY
+            assert all(member.rows_in_flight == 0 for member in pool.members)
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_comes_late_is_discarded() -> None:
+    """A worker answers after its caller has left: nothing breaks, and the next call gets its own answer."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: object) -> torch.Tensor:
+        begun.set()
+        go_on.wait(10)
+        return tiny.experts(*arguments)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        async with pool_of([ExpertDouble(forward=slow)]) as pool:
+            leaving = asyncio.create_task(call(pool, layer=0))
+            await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            assert pool.members[0].rows_in_flight == 0
+            staying = asyncio.create_task(call(pool))
+            go_on.set()
+            assert torch.equal(await staying, expected())
+
+    asyncio.run(main())
+
+
+def test_a_refused_call_is_not_sent_elsewhere() -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise InvalidRequest("counts", "are odd")
+
+    async def main() -> None:
+        refusing, slow = ExpertDouble(range(4), refuse), ExpertDouble(range(4, 8))
+        async with pool_of([refusing, slow]) as pool:
+            with pytest.raises(InvalidRequest):
+                await call(pool)
+            assert pool.members[0].state is WorkerState.READY
+            await until(lambda: all(member.rows_in_flight == 0 for member in pool.members))
+
+    asyncio.run(main())
+
+
+class TestJoining:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"config_hash": "other"}, "expert worker 0 at double .* serves another model: config hash other"),
+            ({"dtype": torch.bfloat16}, "computes in torch.bfloat16, expected torch.float32"),
+        ],
+    )
+    def test_a_worker_of_another_kind_is_refused(self, changes: dict[str, object], message: str) -> None:
+        async def main() -> None:
+            link = ExpertDouble()
+            link.info = dataclasses.replace(link.info, **changes)  # type: ignore[arg-type]
+            async with pool_of([link], is_connected=False) as pool:
+                with pytest.raises(ConfigError, match=message):
+                    await pool.connect(pool.members[0])
+                assert pool.members[0].state is WorkerState.JOINING
+
+        asyncio.run(main())
+
+    def test_every_expert_needs_a_holder(self) -> None:
+        async def main() -> None:
+            async with pool_of([ExpertDouble(range(7))], is_connected=False) as pool:
+                await pool.connect(pool.members[0])
+                with pytest.raises(ConfigError, match="no expert worker holds expert 7 in layer 0"):
+                    pool.place()
+
+        asyncio.run(main())
+
+    def test_a_worker_that_comes_back_with_other_experts_is_used_for_those(self) -> None:
+        async def main() -> None:
+            changing, stable = ExpertDouble(range(8)), ExpertDouble(range(8))
+            async with pool_of([changing, stable]) as pool:
+                changing.is_up = False
+                await call(pool)
+                changing.info, changing.is_up = expert_info([2, 3]), True
+                await until(lambda: pool.members[0].state is WorkerState.READY)
+                changing.calls.clear()
+                assert torch.equal(await call(pool), expected())
+                assert {expert for _, ids in changing.calls for expert in ids} <= {2, 3}
+
+        asyncio.run(main())
+
+    def test_a_worker_that_comes_back_without_what_only_it_held_is_not_used(self) -> None:
+        async def main() -> None:
+            only = ExpertDouble(range(8))
+            async with pool_of([only]) as pool:
+                only.is_up = False
+                with pytest.raises(ExpertsUnavailable):
+                    await call(pool)
+                asked: list[ExpertInfo] = []
+
+                async def describe() -> ExpertInfo:
+                    asked.append(expert_info(range(7)))
+                    return asked[-1]
+
+                only.describe, only.is_up = describe, True  # type: ignore[method-assign]
+                await until(lambda: len(asked) > 2)
+                assert pool.members[0].state is WorkerState.SUSPECT, "however often it is asked"
+
+        asyncio.run(main())
