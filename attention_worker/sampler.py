@@ -53,32 +53,33 @@ def sample(logits_RV: torch.Tensor, sampling: Sequence[TokenSampling], positions
             hows = [sampling[row] for row in rows]
             u_R = uniforms([how.seed for how in hows], [positions[row] for row in rows])
             index_R = torch.tensor(rows)
-            tokens_R[index_R] = draw(_scale(logits_RV[index_R], hows), hows, u_R).to(tokens_R.device)
+            tokens_R[index_R] = draw(logits_RV[index_R], hows, u_R).to(tokens_R.device)
     return tokens_R.tolist()  # type: ignore[no-any-return]
 
 
-def _scale(logits_RV: torch.Tensor, hows: Sequence[TokenSampling]) -> torch.Tensor:
-    """Logits over temperature, the largest of each row at 0: so no temperature is too low to divide by."""
-    temperature_R = torch.tensor([how.temperature for how in hows]).clamp_min(torch.finfo(torch.float32).tiny)
-    return (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
+def _weights(logits_RV: torch.Tensor, hows: Sequence[TokenSampling]) -> torch.Tensor:
+    """Probabilities up to a factor, float64; the largest is 1, so that no temperature is too low to divide by."""
+    temperature_R = torch.tensor([how.temperature for how in hows], dtype=torch.float64)
+    logits_RV = logits_RV.double()
+    return ((logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]).exp()
 
 
-def _draw(scaled_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch.Tensor) -> torch.Tensor:
+def _draw(logits_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch.Tensor) -> torch.Tensor:
     """Inverse of the cumulative distribution at u, tokens in the order of their ids. Returns tokens [R]."""
-    return _invert(scaled_RV.double().exp(), u_R)
+    return _invert(_weights(logits_RV, hows), u_R)
 
 
-def _draw_cut(scaled_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch.Tensor) -> torch.Tensor:
+def _draw_cut(logits_RV: torch.Tensor, hows: Sequence[TokenSampling], u_R: torch.Tensor) -> torch.Tensor:
     """The same for rows with top-k or top-p, the most likely tokens first."""
-    vocab_size = scaled_RV.shape[1]
+    vocab_size = logits_RV.shape[1]
     # Only what can be drawn is worth sorting: the largest top_k of the batch, or all where a row has none.
     width = max(how.top_k if 0 < how.top_k < vocab_size else vocab_size for how in hows)
-    sorted_RW, ids_RW = scaled_RV.sort(dim=-1, descending=True, stable=True)
+    sorted_RW, ids_RW = logits_RV.sort(dim=-1, descending=True, stable=True)
     sorted_RW, ids_RW = sorted_RW[:, :width], ids_RW[:, :width]
     top_k_R = torch.tensor([how.top_k or vocab_size for how in hows])
     sorted_RW = sorted_RW.masked_fill(torch.arange(width) >= top_k_R[:, None], float("-inf"))
-    # In float64 and summed in order, so that the zeros behind a row's own top_k change nothing.
-    weights_RW = sorted_RW.double().exp()
+    # Summed in order, so that the zeros behind a row's own top_k change nothing.
+    weights_RW = _weights(sorted_RW, hows)
     cumulative_RW = weights_RW.cumsum(-1)
     # A token stays when the tokens before it do not reach p yet; so the first always stays.
     top_p_R = torch.tensor([how.top_p for how in hows], dtype=torch.float64)

@@ -17,7 +17,7 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from grokmoe.channel import TIMEOUTS, open_channel
+from grokmoe.channel import RECONNECT_OPTIONS, TIMEOUTS, open_channel
 from grokmoe.errors import Cancelled, DeadlineExceeded, InternalError, Unavailable
 from grokmoe.options import GenerateOptions, Prompt, build_request
 from grokmoe.results import (
@@ -39,9 +39,6 @@ GENERATE_TIMEOUT = 600.0
 
 READY_POLL = 0.1
 """Seconds between two looks at a service that is not ready."""
-
-RECONNECT_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000))
-"""gRPC's own pauses between attempts grow to two minutes: a restarted server would stay unreachable for as long."""
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Generation"].full_name
 

@@ -16,7 +16,7 @@ import grpc
 import torch
 
 from grokmoe import tensors
-from grokmoe.channel import TIMEOUTS, open_channel
+from grokmoe.channel import RECONNECT_OPTIONS, TIMEOUTS, open_channel
 from grokmoe.errors import FailedPrecondition, GrokmoeError, InternalError, InvalidRequest, Unavailable
 from grokmoe.plan_codec import plan_to_proto
 from grokmoe.status import from_failure, from_rpc_error
@@ -91,7 +91,7 @@ class GrpcAttentionLink:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, RECONNECT_OPTIONS)
         self._lanes: dict[int, _Stream] = {}
         self._next_step = 0
 
@@ -173,7 +173,7 @@ class _ExpertStream:
         self._waiting: dict[int, asyncio.Future[tuple[expert_pb2.ForwardResponse, torch.Tensor | None]]] = {}
         self._next_id = 0
         self._writing = asyncio.Lock()
-        self.error: GrokmoeError | None = None
+        self.error: Unavailable | None = None
         self._reader = asyncio.ensure_future(self._read())
 
     async def call(
@@ -186,10 +186,21 @@ class _ExpertStream:
         self._waiting[request.request_id] = future
         try:
             async with self._writing:
-                await self._stream.write(tensors.encode_rows(request, rows_ND, "request_id"))
+                await self._write(request.request_id, tensors.encode_rows(request, rows_ND, "request_id"))
             return await future
         finally:
             self._waiting.pop(request.request_id, None)
+
+    async def _write(self, request_id: int, messages: Iterable[bytes]) -> None:
+        try:
+            await self._stream.write(messages)
+        except BaseException as error:
+            del self._waiting[request_id]  # who writes it has the error from here
+            if isinstance(error, GrokmoeError):
+                raise self._end(error) from error
+            # gRPC cancels a call when one of its writes is cancelled, such as by a time-out.
+            self._end(Unavailable("a write was cancelled"))
+            raise
 
     async def _read(self) -> None:
         rows: tensors.RowAssembler[expert_pb2.ForwardResponse] = tensors.RowAssembler(
@@ -203,14 +214,19 @@ class _ExpertStream:
                     if future is not None and not future.done():  # else: nobody waits for this answer any more
                         future.set_result(message)
         except GrokmoeError as error:
-            self.error = error if isinstance(error, Unavailable) else Unavailable(error.message)
+            self._end(error)
         finally:
-            # Also when the reader itself was cancelled: gRPC cancels a call when one of its writers is.
-            self.error = self.error or Unavailable("the stream was closed")
+            self._end(Unavailable("the stream was closed"))
+
+    def _end(self, error: GrokmoeError) -> Unavailable:
+        """Fails all calls. The first error is the one that counts; for callers it is always a lost worker."""
+        if self.error is None:
+            self.error = error if isinstance(error, Unavailable) else Unavailable(error.message)
             self._stream.cancel()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(self.error)
+        return self.error
 
     def cancel(self) -> None:
         self._reader.cancel()
@@ -222,7 +238,7 @@ class GrpcExpertLink:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, RECONNECT_OPTIONS)
         self._lanes: dict[int, _ExpertStream] = {}
 
     async def describe(self) -> ExpertInfo:

@@ -57,10 +57,6 @@ def expected(layer: int = 1) -> torch.Tensor:
     return rows_ND[plan.row_of_rank_TK.reshape(-1)]
 
 
-def num_rows_of(link: ExpertDouble) -> int:
-    return len(link.calls)
-
-
 @pytest.mark.parametrize("held", [[range(8)], [range(4), range(4, 8)], [range(8), range(8), range(8)]])
 def test_rows_come_back_in_their_order(held: list[range]) -> None:
     async def main() -> None:
@@ -89,14 +85,14 @@ def test_a_lost_worker_s_rows_go_to_the_replica() -> None:
             lost.is_up = False
             assert torch.equal(await call(pool), expected()), "bit for bit"
             assert pool.members[0].state is WorkerState.SUSPECT
-            num_calls = num_rows_of(lost)
+            num_calls = len(lost.calls)
             assert num_calls == 1
             assert torch.equal(await call(pool), expected())
-            assert num_rows_of(lost) == num_calls, "a suspect worker gets no work"
+            assert len(lost.calls) == num_calls, "a suspect worker gets no work"
             lost.is_up = True
             await until(lambda: pool.members[0].state is WorkerState.READY)
             await call(pool)
-            assert num_rows_of(lost) == num_calls + 1, "a probe has brought it back"
+            assert len(lost.calls) == num_calls + 1, "a probe has brought it back"
 
     asyncio.run(main())
 
@@ -150,7 +146,7 @@ def test_without_any_worker_a_call_fails_in_time() -> None:
         low, high = ExpertDouble(range(4)), ExpertDouble(range(4, 8))
         async with pool_of([low, high]) as pool:
             high.is_up = False
-            with pytest.raises(ExpertsUnavailable, match="no worker holds expert 4 of layer 1; waited 0.1 s") as caught:
+            with pytest.raises(ExpertsUnavailable, match="no worker holds expert 4 of layer 1; waited") as caught:
                 await call(pool)
             assert isinstance(caught.value, Unavailable)
             with pytest.raises(ExpertsUnavailable):

@@ -25,6 +25,7 @@ from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
 from grokmoe.v1 import generation_pb2_grpc
 from router.engine import Engine
+from router.experts import ExpertPoolSettings
 from router.service import SERVICE, GenerationService
 from tests import goldens
 from tests.router.tiny import CONFIG, ExpertDouble, attention_link, golden_tokens, serving, until
@@ -88,13 +89,13 @@ def test_unary_streaming_raw_and_sdk_agree() -> None:
             parts = [part async for part in served.stub.StreamGenerate(pb.StreamGenerateRequest(generate=request))]
             assert done.text == TOKENIZER.decode(done.token_ids)
             assert done.request_id == "mine"
-            assert raw.request_id == parts[0].request_id[:0] + raw.request_id != "", "drawn"
+            assert raw.request_id not in ("", parts[0].request_id), "drawn"
             assert raw.text == "".join(part.text_delta for part in parts) == "".join(delta.text for delta in deltas)
             assert raw.text == done.text
             assert tuple(raw.token_ids) == done.token_ids == sum((delta.token_ids for delta in deltas), ())
             assert [part.finish_reason for part in parts[:-1]] == [0] * (len(parts) - 1)
             assert parts[-1].finish_reason == pb.FINISH_REASON_LENGTH
-            assert parts[-1].usage == raw.usage or parts[-1].usage.cached_tokens > 0
+            assert parts[-1].usage.completion_tokens == raw.usage.completion_tokens == 30
 
     asyncio.run(main())
 
@@ -134,12 +135,12 @@ def test_finish_reasons() -> None:
     async def main() -> None:
         async with service() as served:
             golden = golden_tokens("len7")
-            stop = golden[3]
-            assert stop not in golden[:3]
+            stop = golden[2]
+            assert stop not in golden[:2]
             done = await served.client.generate(goldens.PROMPTS["len7"], **GREEDY, stop_token_ids=[stop])
             assert done.finish_reason is FinishReason.STOP
-            assert list(done.token_ids) == golden[:4], "the stop token is part of the ids"
-            assert done.text == TOKENIZER.decode(golden[:3]), "and not of the text"
+            assert list(done.token_ids) == golden[:3], "the stop token is part of the ids"
+            assert done.text == TOKENIZER.decode(golden[:2]), "and not of the text"
             last = await served.client.generate(goldens.PROMPTS["len7"], **{**GREEDY, "max_tokens": 4})
             assert last.finish_reason is FinishReason.LENGTH
             assert last.text == TOKENIZER.decode(golden[:4])
@@ -147,7 +148,7 @@ def test_finish_reasons() -> None:
     asyncio.run(main())
 
 
-def test_the_model_s_end_of_sequence_ends_and_can_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_s_end_of_sequence_ends_and_can_be_ignored() -> None:
     async def main() -> None:
         async with service() as served:
             golden = golden_tokens("len7")
@@ -200,7 +201,7 @@ class TestErrors:
                 assert any(detail.Unpack(violations) for detail in details)
                 assert violations.field_violations[0].field == "prompt"
                 stream = served.client.stream([CONFIG.vocab_size])
-                with pytest.raises(InvalidRequest, match="token_ids.ids"):
+                with pytest.raises(InvalidRequest, match=r"token_ids\.ids"):
                     await stream.completion()
 
         asyncio.run(main())
@@ -222,10 +223,9 @@ class TestErrors:
 
     def test_missing_experts_mean_unavailable_in_the_middle_of_a_stream(self) -> None:
         async def main() -> None:
-            from tests.router.test_engine import QUICK
-
             link = ExpertDouble()
-            async with service(expert_links=[link], pool_settings=QUICK) as served:
+            quick = ExpertPoolSettings(replica_wait=0.1, probe_interval=0.01)
+            async with service(expert_links=[link], pool_settings=quick) as served:
                 stream = served.client.stream([1], max_tokens=400, ignore_eos=True)
                 await anext(stream)
                 link.is_up = False
@@ -237,8 +237,6 @@ class TestErrors:
 
     def test_a_deadline_frees_the_request(self) -> None:
         async def main() -> None:
-            from tests.router.test_engine import ExpertPoolSettings
-
             link = ExpertDouble()
             patient = ExpertPoolSettings(replica_wait=0.5, probe_interval=0.01)
             async with service(expert_links=[link], pool_settings=patient) as served:

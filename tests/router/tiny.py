@@ -122,9 +122,7 @@ class RestartingAttention:
     async def close(self) -> None: ...
 
 
-def experts(
-    layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
-) -> torch.Tensor:
+def experts(layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor) -> torch.Tensor:
     return expert_set().forward(layer, expert_ids, counts, rows_ND)
 
 
@@ -224,5 +222,5 @@ async def tokens_of(generation: Generation) -> list[int]:
 async def until(condition: Callable[[], bool]) -> None:
     """Waits for a condition; fails if it takes too long."""
     async with asyncio.timeout(TIMEOUT):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.002)

@@ -46,7 +46,7 @@ class Example:
     share: float = setting(0.5, "part")
     name: str = setting("x", "a name", metavar="NAME")
     mode: str = setting("fast", "how", choices=("fast", "slow"))
-    colour: Colour = setting(Colour.RED, "which")
+    colour: Colour = setting(Colour.RED, "which")  # noqa: RUF009
     flag: bool = setting(False, "whether")
     parts: tuple[int, ...] = setting([1, 2], "numbers")
     seed: int | None = setting(None, "a seed")
@@ -87,7 +87,9 @@ def test_a_flag_and_its_variable(argv: str, variable: str, value: str, expected:
 
 
 def test_a_flag_wins_over_its_variable() -> None:
-    assert parse(Example, ["--count", "4", "--no-flag"], {"GROKMOE_COUNT": "5", "GROKMOE_FLAG": "1"}) == Example(count=4)
+    assert parse(Example, ["--count", "4", "--no-flag"], {"GROKMOE_COUNT": "5", "GROKMOE_FLAG": "1"}) == Example(
+        count=4
+    )
 
 
 @pytest.mark.parametrize(

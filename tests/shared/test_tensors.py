@@ -218,7 +218,9 @@ def test_what_was_cut_is_joined_again(data: st.DataObject, dtype: torch.dtype) -
             assert torch.equal(whole[1], wholes[request_id])
 
 
-def part(num_rows: int, remaining: int, width: int = 4, request_id: int = 1, dtype: torch.dtype = torch.float32) -> bytes:
+def part(
+    num_rows: int, remaining: int, width: int = 4, request_id: int = 1, dtype: torch.dtype = torch.float32
+) -> bytes:
     return encode(Request(request_id=request_id, remaining_rows=remaining), torch.ones(num_rows, width, dtype=dtype))
 
 
