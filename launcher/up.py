@@ -67,7 +67,7 @@ class Cluster:
 
     def _plan(self) -> tuple[list[RoleProcess], RoleProcess]:
         s = self.settings
-        num_experts = ModelConfig.from_file(s.model).num_experts
+        config = ModelConfig.from_file(s.model)
         common = {"model": str(Path(s.model).resolve()), "variant": s.variant, "dtype": s.dtype}
         workers = []
         sizes = {"page_size": s.page_size, "kv_gib": s.kv_gib, "max_step_tokens": s.max_step_tokens}
@@ -75,9 +75,12 @@ class Cluster:
             attention = AttentionWorkerSettings(**common, **sizes, threads=s.threads or _share(s.attention))
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
             workers.append(RoleProcess("attention", index, "attention_worker", flags))
-        for index, held in enumerate(spread(num_experts, s.experts, s.expert_replicas)):
+        for index, held in enumerate(spread(config.num_experts, s.experts, s.expert_replicas)):
             experts = ExpertWorkerSettings(
-                **common, experts=",".join(map(str, held)), threads=s.threads or _share(s.experts)
+                **common,
+                experts=",".join(map(str, held)),
+                threads=s.threads or _share(s.experts),
+                max_rows=max(ExpertWorkerSettings.max_rows, s.max_step_tokens * config.experts_per_token),
             )
             flags = [*to_flags(experts), *self._serve_flags("expert", index)]
             workers.append(RoleProcess("expert", index, "expert_worker", flags))

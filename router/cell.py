@@ -100,6 +100,8 @@ class AttentionCell:
             asyncio.create_task(self._run_lane(lane), name=f"cell-{self.index}-lane-{lane}")
             for lane in range(self._settings.num_lanes)
         ]
+        for task in self._tasks:
+            task.add_done_callback(_lane_ended)
 
     def add(self, sequence: Sequence) -> None:
         """Takes a sequence. Raises InvalidRequest when it could never be served here."""
@@ -207,6 +209,11 @@ class AttentionCell:
                 continue
             logger.info("attention worker %d at %s is back", self.index, self.link.address)
             return
+
+
+def _lane_ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("%s has died of a bug, its requests hang", task.get_name(), exc_info=error)
 
 
 def _to_wire(chunk: Chunk) -> SequenceChunk:

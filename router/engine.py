@@ -111,8 +111,8 @@ class Engine:
         """Waits until all workers are there and agree on the model, then starts the lanes.
 
         progress: receives a line whenever a worker joins or the wait goes on.
-        Raises ConfigError when a worker serves another model or an expert has no holder, Unavailable after
-        `join_timeout`.
+        Raises ConfigError when a worker serves another model or takes fewer rows than a step may have, or an expert
+        has no holder; Unavailable after `join_timeout`.
         """
         joins: list[tuple[str, str, Connect]] = [
             (f"attention worker {cell.index}", cell.link.address, cell.connect) for cell in self.cells
@@ -151,6 +151,7 @@ class Engine:
             raise group_error.exceptions[0] from None
         if self.pool is not None:
             self.pool.place()
+            self.pool.check_rows(max(cell.scheduler.settings.max_step_tokens for cell in self.cells))
         for cell in self.cells:
             cell.start()
 

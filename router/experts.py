@@ -92,6 +92,18 @@ class ExpertPool:
         config = self._config
         self.placement = Placement.build(config.num_layers, config.num_experts, held, self._preferred)
 
+    def check_rows(self, max_step_tokens: int) -> None:
+        """Raises ConfigError when a step can send a worker more rows than it takes in one call."""
+        for member in self.members:
+            assert member.info is not None
+            num_held = len({expert for expert, _, _ in member.info.experts})
+            most = max_step_tokens * min(num_held, self._config.experts_per_token)
+            if member.info.max_rows < most:
+                raise ConfigError(
+                    f"expert worker {member.index} at {member.link.address} takes {member.info.max_rows} rows in a "
+                    f"call, a step of {max_step_tokens} tokens may send it {most}: lower max_step_tokens"
+                )
+
     async def choose(self, layer: int) -> list[int]:
         """One worker per expert for a call on `layer`; waits while an expert has no ready holder.
 

@@ -44,6 +44,8 @@ def load_model(settings: RouterSettings) -> RouterModel:
         gates = [checkpoint.read(names.gate(layer), torch.float32) for layer in range(config.num_layers)]
     path = directory / "tokenizer.json"
     tokenizer = Tokenizer.from_file(path) if path.exists() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"{path}: has {tokenizer.vocab_size} ids, the model's vocabulary {config.vocab_size}")
     name = settings.model_name or directory.resolve().name
     return RouterModel(config, getattr(torch, settings.dtype), Gates.from_weights(gates), tokenizer, name)
 

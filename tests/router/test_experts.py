@@ -215,6 +215,20 @@ class TestJoining:
 
         asyncio.run(main())
 
+    def test_a_step_must_fit_into_a_call(self) -> None:
+        async def main() -> None:
+            async with pool_of([ExpertDouble(range(7)), ExpertDouble([7])]) as pool:
+                for member in pool.members:
+                    assert member.info is not None
+                    member.info = dataclasses.replace(member.info, max_rows=100)
+                pool.check_rows(50)
+                with pytest.raises(
+                    ConfigError, match=r"worker 0 .* takes 100 rows in a call, a step of 51 .* send it 102"
+                ):
+                    pool.check_rows(51)
+
+        asyncio.run(main())
+
     def test_every_expert_needs_a_holder(self) -> None:
         async def main() -> None:
             async with pool_of([ExpertDouble(range(7))], is_connected=False) as pool:
