@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PROMPTS = (
-    "ROMEO.\n",
+    "JULIET.\nO Romeo,",
     "SCENE II. A room in the castle.\n\n",
     "KING HENRY.\nMy lords,",
     "Shall I compare thee",
