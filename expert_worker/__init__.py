@@ -12,3 +12,7 @@ is the router's.
     engine    the queue before the device
     service   gRPC
 """
+
+from grokmoe.process_tuning import tune_process
+
+tune_process()  # before a module of this package loads torch

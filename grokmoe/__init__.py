@@ -6,6 +6,7 @@ from grokmoe.client import AsyncClient, AsyncStream
 from grokmoe.errors import (
     Cancelled,
     CheckpointError,
+    Code,
     ConfigError,
     DeadlineExceeded,
     FailedPrecondition,
@@ -14,6 +15,7 @@ from grokmoe.errors import (
     InvalidRequest,
     NotFound,
     ResourceExhausted,
+    Retryable,
     StartupError,
     Unavailable,
 )
@@ -45,6 +47,7 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "Client",
+    "Code",
     "Completion",
     "ConfigError",
     "DeadlineExceeded",
@@ -60,6 +63,7 @@ __all__ = [
     "ModelInfo",
     "NotFound",
     "ResourceExhausted",
+    "Retryable",
     "StartupError",
     "Status",
     "Stream",

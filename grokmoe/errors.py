@@ -3,9 +3,10 @@
     GrokmoeError
     ├── InvalidRequest        INVALID_ARGUMENT     the caller's input: names field, value and limit
     ├── NotFound              NOT_FOUND
-    ├── ResourceExhausted     RESOURCE_EXHAUSTED   full; carries retry_after
+    ├── Retryable             (one of these two)   carries retry_after
+    │   ├── ResourceExhausted RESOURCE_EXHAUSTED   full
+    │   └── Unavailable       UNAVAILABLE          a worker is missing
     ├── FailedPrecondition    FAILED_PRECONDITION  another incarnation, another model
-    ├── Unavailable           UNAVAILABLE          a worker is missing; carries retry_after
     ├── DeadlineExceeded      DEADLINE_EXCEEDED
     ├── Cancelled             CANCELLED
     ├── InternalError         INTERNAL             our bug

@@ -1,7 +1,7 @@
 """Settings of a process: a frozen dataclass per role becomes command-line flags and environment variables.
 
 A field `max_rows: int = setting(8192, "most rows per call")` is the flag `--max-rows` and the variable
-`GROKMOE_MAX_ROWS`; the flag wins. This is the only module that reads the environment.
+`GROKMOE_MAX_ROWS`; the flag wins. This is the only module that reads settings from the environment.
 """
 
 from __future__ import annotations
@@ -93,13 +93,15 @@ def from_namespace(kind: type[S], namespace: argparse.Namespace) -> S:
 
 
 def to_flags(settings: Any) -> list[str]:
-    """The command line that gives these settings to another process; fields at their default are left out."""
+    """The command line that gives these settings to another process.
+
+    Every field is spelled out, also one at its default: the other process may have another environment than this one.
+    """
     flags: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         flag = "--" + field.name.replace("_", "-")
-        if value == default or value is None:
+        if value is None:
             continue
         if isinstance(value, bool):
             flags.append(flag if value else "--no-" + field.name.replace("_", "-"))

@@ -20,14 +20,6 @@ NUM_LAST_LINES = 20
 STOP_TIMEOUT = 15.0
 """Seconds a child has to end after SIGTERM before it is killed."""
 
-MALLOC_SETTINGS = {
-    # Messages of some megabytes would otherwise be mapped and unmapped, page by page, for every call.
-    "MALLOC_MMAP_THRESHOLD_": str(2**31),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-}
-"""glibc settings that halve the cost of large messages (docs/log.md)."""
-
-
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -70,7 +62,7 @@ class RoleProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=child_environment(PYTHONPATH=path, **MALLOC_SETTINGS),
+            env=child_environment(PYTHONPATH=path),
             # Ctrl-C on the terminal goes to the parent, which ends its children in order.
             start_new_session=True,
         )

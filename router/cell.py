@@ -205,7 +205,9 @@ class AttentionCell:
             try:
                 await self.connect()
             except (GrokmoeError, TimeoutError) as error:
-                logger.debug("attention worker %d still away: %s", self.index, error)
+                # Another model at the same address is no passing trouble: somebody has to act.
+                level = logging.WARNING if isinstance(error, ConfigError) else logging.DEBUG
+                logger.log(level, "attention worker %d still away: %s", self.index, error)
                 continue
             logger.info("attention worker %d at %s is back", self.index, self.link.address)
             return

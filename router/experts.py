@@ -190,7 +190,9 @@ class ExpertPool:
                 await self.connect(member)
                 self.place()  # it may hold other experts now
             except (GrokmoeError, TimeoutError) as error:
-                logger.debug("expert worker %d still away: %s", member.index, error)
+                # Another model at the same address is no passing trouble: somebody has to act.
+                level = logging.WARNING if isinstance(error, ConfigError) else logging.DEBUG
+                logger.log(level, "expert worker %d still away: %s", member.index, error)
                 member.state = WorkerState.SUSPECT
                 continue
             logger.info("expert worker %d at %s is back", member.index, member.link.address)

@@ -17,7 +17,8 @@ DEFAULT_TEMPERATURE = 1.0
 MAX_TEMPERATURE = 100.0
 MAX_STOP_TOKEN_IDS = 64
 MAX_REQUEST_ID_LENGTH = 128
-MAX_TEXT_BYTES = 4 * 1024 * 1024
+MAX_TEXT_BYTES = 256 * 1024
+"""Text is tokenised on the event loop. 8192 tokens, the largest context, are some 30 KiB of English."""
 
 
 def to_request(proto: generation_pb2.GenerateRequest, config: ModelConfig, tokenizer: Tokenizer | None) -> Request:

@@ -62,13 +62,16 @@ plays are held out: `{validation_work}` chose the checkpoint, `{test_work}` was 
 
 ## Training
 
-{run[steps]} steps of {run[tokens_per_step]} tokens ({epochs:.1f} passes over the text)
-in {run[minutes]:.0f} minutes on {num_threads} threads, bfloat16 over float32 weights, seed {run[seed]}.
+{run[steps_done]} steps of {run[tokens_per_step]} tokens ({epochs:.1f} passes over the text)
+in {run[minutes_taken]:.0f} minutes on {num_threads} threads, bfloat16 over float32 weights, seed {run[seed]}.
 AdamW, learning rate {run[learning_rate]:g} falling to {run[final_learning_rate]:g} on a cosine
 after {run[warmup_steps]} steps of warmup, betas {run[betas]}, weight decay {run[weight_decay]},
 gradient norm at most {run[gradient_norm]:g}, load-balancing loss with coefficient {run[balance_coefficient]}.
 Windows of {windows} tokens in turn, so positions below {max_window} were trained.
 The weights are those of step {run[best_step]}.
+
+The plan was {run[steps]} steps or {run[minutes]:g} minutes, whichever ends first; the learning rate follows the
+nearer of the two. A run that the clock ends cannot be repeated exactly.
 
 ## Held-out loss
 
@@ -84,7 +87,7 @@ Of all choices on the two held-out plays; an even share is {even_share:.1%}.
 
 ## Samples
 
-Up to {sample_tokens} tokens after the prompt (its first line or words), seed 1, not selected.
+Up to {sample_tokens} tokens after the prompt (its first line or words), seed 1.
 
 ### Temperature {temperature}, top-p {top_p}
 
@@ -214,7 +217,7 @@ def write_card(
         validation_work=VALIDATION_WORK,
         test_work=TEST_WORK,
         run=run,
-        epochs=run["steps"] * run["tokens_per_step"] / len(splits["train"]),
+        epochs=run["steps_done"] * run["tokens_per_step"] / len(splits["train"]),
         num_threads=torch.get_num_threads(),
         windows=", ".join(map(str, run["window_lengths"])),
         max_window=windows[-1],

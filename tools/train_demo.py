@@ -164,7 +164,7 @@ def train(network: Network, train_n: Tensor, validation_n: Tensor, plan: Plan) -
         if progress == 1:
             break
     network.load_state_dict(best_state)
-    return {"steps": done, "best_step": best_step, "minutes": (time.monotonic() - started) / 60}
+    return {"steps_done": done, "best_step": best_step, "minutes_taken": (time.monotonic() - started) / 60}
 
 
 def build(corpus: Corpus, plan: Plan, out: Path) -> None:

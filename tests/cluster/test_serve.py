@@ -30,9 +30,7 @@ def test_serve_without_a_model_serves_the_demo_model() -> None:
             done = client.generate("KING HENRY.", max_tokens=12, temperature=0)
             assert done.usage.completion_tokens <= 12
             assert done.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
-            streamed = "".join(
-                delta.text for delta in client.stream("KING HENRY.", max_tokens=12, temperature=0)
-            )
+            streamed = "".join(delta.text for delta in client.stream("KING HENRY.", max_tokens=12, temperature=0))
             assert streamed == done.text
             drawn = [client.generate("The ", max_tokens=8, temperature=1, seed=7).token_ids for _ in range(2)]
             assert drawn[0] == drawn[1]
@@ -59,7 +57,9 @@ def test_inspect_sums_up_the_demo_model() -> None:
 
 @pytest.mark.parametrize("role", ["router", "attention_worker", "expert_worker"])
 def test_every_role_explains_itself(role: str) -> None:
-    told = subprocess.run([sys.executable, "-m", role, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    told = subprocess.run(
+        [sys.executable, "-m", role, "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
     assert "READY" in told.stdout
     assert "example" in told.stdout
     missing = subprocess.run([sys.executable, "-m", role], capture_output=True, text=True, timeout=60, check=False)

@@ -23,7 +23,7 @@ from expert_worker.service import ExpertService
 from grokmoe import tensors
 from grokmoe.channel import open_channel
 from grokmoe.device_thread import DeviceThread
-from grokmoe.errors import GrokmoeError, InvalidRequest
+from grokmoe.errors import Code, GrokmoeError, InvalidRequest
 from grokmoe.model_config import TINY
 from grokmoe.server import RoleServer
 from grokmoe.status import from_rpc_error
@@ -175,7 +175,7 @@ def test_health_and_reflection(play: Any) -> None:
 
 def test_not_ready(play: Any) -> None:
     async def scenario(world: World) -> None:
-        assert (await world.stream().error()).code is grpc.StatusCode.UNAVAILABLE
+        assert (await world.stream().error()).code is Code.UNAVAILABLE
         with pytest.raises(grpc.RpcError) as raised:
             await world.channel.unary_unary(f"/{NAME}/Describe")(b"")
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
