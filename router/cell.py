@@ -18,8 +18,9 @@ from router.experts import ExpertsUnavailable
 from router.generation import Generation
 from router.legs import Legs
 from router.pages import PageLedger
-from router.scheduler import Chunk, Scheduler, SchedulerSettings, Step
+from router.scheduler import Scheduler
 from router.sequence import Sequence
+from router.step import Chunk, SchedulerSettings, Step
 from router.transport.base import AttentionInfo, AttentionLink, Hole
 from router.worker_state import WorkerState
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
 from router.engine import EngineSettings
-from router.scheduler import SchedulerSettings
+from router.step import SchedulerSettings
 
 
 @dataclasses.dataclass(frozen=True)

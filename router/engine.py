@@ -23,9 +23,9 @@ from router.experts import ExpertPool
 from router.generation import Generation
 from router.legs import LEGS, Legs
 from router.moe import RowCounter
-from router.scheduler import SchedulerSettings, Step
 from router.sequence import Request
 from router.sequence import Sequence as Sequence_
+from router.step import SchedulerSettings, Step
 from router.transport.base import AttentionLink, Hole
 from router.worker_state import WorkerState
 

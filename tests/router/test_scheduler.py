@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from grokmoe.errors import ConfigError, InvalidRequest
 from router import pages
 from router.pages import PageLedger
-from router.scheduler import Chunk, Scheduler, SchedulerSettings, Step
+from router.scheduler import Scheduler
 from router.sequence import FinishReason, Request, Sequence, SequenceState
+from router.step import Chunk, SchedulerSettings, Step
 
 VOCAB_SIZE = 3
 GARBAGE = b"garbage"

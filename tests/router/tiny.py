@@ -27,8 +27,8 @@ from router.experts import ExpertPool, ExpertPoolSettings
 from router.generation import Generation
 from router.legs import Legs
 from router.moe import Gates, LocalMoe, RemoteMoe, RowCounter
-from router.scheduler import SchedulerSettings
 from router.sequence import Request, SamplingSettings
+from router.step import SchedulerSettings
 from router.transport.base import AttentionInfo, AttentionLink, ExpertInfo, ExpertLink, ExpertReply, Hole
 from router.transport.local import LocalAttentionLink, LocalExpertLink
 from tests import goldens
