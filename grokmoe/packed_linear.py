@@ -1,12 +1,14 @@
 """y = x W^T with the weight laid out once for the device, instead of at every call.
 
 On CPU oneDNN's blocked layout makes small batches two to three times as fast as a plain linear (docs/log.md). Its
-entry points are private to torch, so they are tried once at import and a plain linear takes over where they fail.
+entry points are private to torch, so they are tried once and a plain linear takes over where they fail.
 
 Letters: N rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch.nn import functional
@@ -18,8 +20,15 @@ PACK_ROWS = 32
 up to three times as slow when made for 1, a few per cent for 8; 32, 128 and 512 are alike (docs/log.md)."""
 
 
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch on this CPU has the private packed linear and it computes the right thing in this type."""
+@functools.cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch on this CPU has the private packed linear and it computes the right thing in this type.
+
+    Asked by the thread that will compute, not at import: a second team of OpenMP threads in the process, be it ever so
+    idle, makes libgomp think that the cores are taken, and every product four times as slow (docs/log.md).
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
     random = torch.Generator().manual_seed(0)
     weight, x, times = (torch.randn(shape, generator=random) / 4 for shape in ((16, 32), (3, 32), (3, 16)))
     weight, x, times = weight.to(dtype), x.to(dtype), times.to(dtype)
@@ -36,9 +45,6 @@ def _can_pack(dtype: torch.dtype) -> bool:
     )
 
 
-CAN_PACK = {dtype: _can_pack(dtype) for dtype in (torch.float32, torch.bfloat16)}
-
-
 class PackedLinear:
     """One weight, packed for its device. Keeps no reference to the weight it was made from."""
 
@@ -48,7 +54,7 @@ class PackedLinear:
         """weight_OI: as in the checkpoint, in the type to compute in."""
         self.out_features, self.in_features = weight_OI.shape
         self.dtype = weight_OI.dtype
-        self._is_packed = CAN_PACK.get(self.dtype, False) and weight_OI.device.type == "cpu"
+        self._is_packed = weight_OI.device.type == "cpu" and can_pack(self.dtype)
         if self._is_packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), PACK_ROWS)
         else:

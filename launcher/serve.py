@@ -76,6 +76,8 @@ def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertM
 async def serve(settings: ServeSettings) -> None:
     """Loads the model and serves until a signal comes. Raises StartupError."""
     log_to_stderr(settings.log_level)
+    num_threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(1)  # this thread's; the device thread has the team (attention_worker/loading.py)
     registry = new_registry()
     common = {"model": settings.model, "variant": settings.variant, "dtype": settings.dtype}
     router = RouterSettings(
@@ -88,7 +90,7 @@ async def serve(settings: ServeSettings) -> None:
     attention = load_attention(
         AttentionWorkerSettings(
             **common,
-            threads=settings.threads,
+            threads=num_threads,
             page_size=settings.page_size,
             kv_gib=settings.kv_gib,
             max_step_tokens=settings.max_step_tokens,

@@ -17,7 +17,7 @@ from grokmoe import packed_linear
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.errors import Cancelled, InvalidRequest
 from grokmoe.model_config import TINY, Gelu
-from grokmoe.packed_linear import CAN_PACK, PackedLinear
+from grokmoe.packed_linear import PackedLinear, can_pack
 from tests.expert_worker.expert_mlp_cases import DTYPES, ROUTINGS, Case
 from tests.expert_worker.small_model import CPU, HELD, assert_near, draw, load, twin, write
 
@@ -45,7 +45,9 @@ def test_weights_are_packed_here() -> None:
     """Else the numbers in this file speak of the fallback only."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this CPU may have no bfloat16 in oneDNN")
-    assert {torch.float32: True, torch.bfloat16: True} == CAN_PACK
+    assert can_pack(torch.float32)
+    assert can_pack(torch.bfloat16)
+    assert not can_pack(torch.float16)
 
 
 @pytest.mark.parametrize("can_pack", [True, False], ids=["packed", "plain"])
@@ -56,7 +58,7 @@ def test_kernel_equals_twin(
     routing: list[int], dtype: torch.dtype, gelu: Gelu, can_pack: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_pack:
-        monkeypatch.setattr(packed_linear, "CAN_PACK", {})
+        monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
     case = Case.random(routing, 48, 80, dtype, gelu)
     untouched_ND = case.rows.clone()
     actual = cpu.expert_mlp(case.rows, case.counts, packed(case), gelu)
@@ -67,7 +69,7 @@ def test_kernel_equals_twin(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None:
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not CAN_PACK[dtype]:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not can_pack(dtype):
         pytest.skip("not promised on this CPU")
     case = Case.random([150], 256, 512, dtype, Gelu.ERF)
     experts = packed(case)
