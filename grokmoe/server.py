@@ -34,6 +34,9 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
     """Settings that every serving process has."""
@@ -43,7 +46,7 @@ class ServerSettings:
     metrics_host: str = setting("127.0.0.1", "host of the Prometheus endpoint")
     grace: float = setting(5.0, "seconds that running calls get to finish after SIGTERM")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
-    log_level: str = setting("info", "what is logged to standard error", choices=("debug", "info", "warning", "error"))
+    log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
 
 @dataclasses.dataclass(frozen=True)

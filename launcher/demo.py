@@ -57,24 +57,7 @@ class Measured:
 async def demo(settings: DemoSettings) -> int:
     """Runs it all. Returns the exit code. Raises StartupError when a process cannot start."""
     console = Console(highlight=False)
-    up = UpSettings(
-        model=settings.model, experts=settings.experts, attention=settings.attention, dtype=settings.dtype, port=0
-    )
-    processes = settings.experts + settings.attention + 1
-    with console.status(f"starting {processes} processes") as status:
-        joined: list[str] = []
-
-        def report(line: str) -> None:
-            joined.append(line)
-            console.print(f"[green]ready[/] {line}")
-            status.update(f"starting processes, {len(joined)} of {processes} ready")
-
-        cluster = Cluster(up, report)
-        try:
-            await cluster.start()
-        except BaseException:
-            await cluster.stop()
-            raise
+    cluster = await _start(settings, console)
     try:
         async with AsyncClient(cluster.address) as client:
             await _warm_up(client)
@@ -97,6 +80,27 @@ async def demo(settings: DemoSettings) -> int:
     return 0 if ended else 1
 
 
+async def _start(settings: DemoSettings, console: Console) -> Cluster:
+    """The cluster, all its processes ready. Shows progress."""
+    up = UpSettings(
+        model=settings.model,
+        experts=settings.experts,
+        attention=settings.attention,
+        dtype=settings.dtype,
+        port=0,
+        log_level="warning",
+    )
+    num_processes = settings.experts + settings.attention + 1
+    with console.status(f"starting {num_processes} processes") as status:
+        cluster = Cluster(up, lambda line: console.print(line, style="dim", soft_wrap=True), status.update)
+        try:
+            await cluster.start()
+        except BaseException:
+            await cluster.stop()
+            raise
+    return cluster
+
+
 async def _warm_up(client: AsyncClient) -> None:
     """One short text that is not measured: kernels are built at their first call."""
     await client.generate(PROMPTS[0], max_tokens=8, temperature=0)
@@ -105,9 +109,7 @@ async def _warm_up(client: AsyncClient) -> None:
 async def _stream(client: AsyncClient, prompt: str, settings: DemoSettings, console: Console | None) -> Measured:
     begin = time.perf_counter()
     first = 0.0
-    stream = client.stream(
-        prompt, max_tokens=settings.max_tokens, temperature=0.8, top_p=0.95, seed=settings.seed, ignore_eos=True
-    )
+    stream = client.stream(prompt, max_tokens=settings.max_tokens, temperature=0.8, top_p=0.95, seed=settings.seed)
     if console:
         console.rule(style="dim")
         console.print(prompt, end="", style="bold", markup=False)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grokmoe.errors import StartupError
@@ -26,9 +26,15 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 class RoleProcess:
     """One child. `address` and `metrics` are known once it is ready."""
 
-    def __init__(self, role: str, index: int, module: str, flags: Sequence[str]) -> None:
-        """module: what `python -m` runs; it prints READY. flags: its command line."""
+    def __init__(
+        self, role: str, index: int, module: str, flags: Sequence[str], say: Callable[[str], None] | None = None
+    ) -> None:
+        """module: what `python -m` runs; it prints READY. flags: its command line.
+
+        say: receives what the child writes to standard error, line by line; by default it goes to ours.
+        """
         self.role, self.index = role, index
+        self._say = say or _to_stderr
         self.address = ""
         self.metrics = ""
         self._command = (sys.executable, "-m", module, *flags, "--exit-on-stdin-eof")
@@ -117,5 +123,9 @@ class RoleProcess:
         async for raw in stream:
             line = raw.decode(errors="replace").rstrip()
             self._last_lines.append(line)
-            if self._ready.is_set() or self.role == "router":
-                print(f"[{self.name}] {line}", file=sys.stderr, flush=True)
+            if self._ready.is_set() or self.role == "router":  # who dies before it is ready is quoted by wait_ready
+                self._say(f"[{self.name}] {line}")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from attention_worker.config import AttentionWorkerSettings
 from expert_worker.config import ExpertWorkerSettings
 from grokmoe.errors import ConfigError
 from grokmoe.model_config import ModelConfig
-from grokmoe.server import ServerSettings, stop_signal
+from grokmoe.server import LOG_LEVELS, ServerSettings, stop_signal
 from grokmoe.settings import setting, to_flags
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from launcher.process import RoleProcess
@@ -45,6 +45,7 @@ class UpSettings:
     max_running: int = setting(256, "sequences per attention worker that hold KV pages")
     max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
     threads: int = setting(0, "threads of each worker; 0: the cores shared out among the workers of a role")
+    log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
 
 Report = Callable[[str], None]
@@ -53,11 +54,14 @@ Report = Callable[[str], None]
 class Cluster:
     """The processes of one `grokmoe up`. Use as an async context manager: leaving it ends them all."""
 
-    def __init__(self, settings: UpSettings, report: Report = lambda line: None) -> None:
-        """report: receives a line per process when it is ready. Raises ConfigError for counts that cannot be."""
+    def __init__(self, settings: UpSettings, report: Report = lambda line: None, say: Report | None = None) -> None:
+        """report: receives a line per process when it is ready. say: receives what they log, see RoleProcess.
+
+        Raises ConfigError for counts that cannot be.
+        """
         if settings.attention < 1:
             raise ConfigError(f"attention is {settings.attention}, must be at least 1")
-        self.settings, self._report = settings, report
+        self.settings, self._report, self._say = settings, report, say
         self._directory = Path(tempfile.mkdtemp(prefix="grokmoe-"))
         try:
             self.workers, self.router = self._plan()
@@ -74,7 +78,7 @@ class Cluster:
         for index in range(s.attention):
             attention = AttentionWorkerSettings(**common, **sizes, threads=s.threads or _share(s.attention))
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
-            workers.append(RoleProcess("attention", index, "attention_worker", flags))
+            workers.append(RoleProcess("attention", index, "attention_worker", flags, self._say))
         for index, held in enumerate(spread(config.num_experts, s.experts, s.expert_replicas)):
             experts = ExpertWorkerSettings(
                 **common,
@@ -83,7 +87,7 @@ class Cluster:
                 max_rows=max(ExpertWorkerSettings.max_rows, s.max_step_tokens * config.experts_per_token),
             )
             flags = [*to_flags(experts), *self._serve_flags("expert", index)]
-            workers.append(RoleProcess("expert", index, "expert_worker", flags))
+            workers.append(RoleProcess("expert", index, "expert_worker", flags, self._say))
         router = RouterSettings(
             **common,
             attention=tuple(self._socket("attention", index) for index in range(s.attention)),
@@ -93,14 +97,14 @@ class Cluster:
             max_running=s.max_running,
             max_waiting=s.max_waiting,
         )
-        flags = [*to_flags(router), *to_flags(ServerSettings(listen=f"{s.host}:{s.port}"))]
-        return workers, RoleProcess("router", 0, "router", flags)
+        flags = [*to_flags(router), *to_flags(ServerSettings(listen=f"{s.host}:{s.port}", log_level=s.log_level))]
+        return workers, RoleProcess("router", 0, "router", flags, self._say)
 
     def _socket(self, role: str, index: int) -> str:
         return f"unix:{self._directory}/{role}-{index}.sock"
 
     def _serve_flags(self, role: str, index: int) -> list[str]:
-        return to_flags(ServerSettings(listen=self._socket(role, index)))
+        return to_flags(ServerSettings(listen=self._socket(role, index), log_level=self.settings.log_level))
 
     @property
     def processes(self) -> list[RoleProcess]:
