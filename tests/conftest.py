@@ -1,5 +1,6 @@
 """What holds for every test: one thread per operation, and examples that may take their time."""
 
+import os
 from collections.abc import Iterator
 
 from grokmoe.process_tuning import tune_process
@@ -10,8 +11,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# Beside other tests an example may take any time.
-settings.register_profile("shared-cores", deadline=None)
+# Beside other tests an example may take any time. CI looks at the same examples each time: what it says of a change
+# must be about the change. Everyone else's runs look further.
+settings.register_profile("shared-cores", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("shared-cores")
 
 

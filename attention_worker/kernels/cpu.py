@@ -106,10 +106,11 @@ def _weights(
         p_NKRGL[..., -group.hidden_N1R1M.shape[-1] :].masked_fill_(group.hidden_N1R1M, -math.inf)
     if exponent > LARGEST_PLAIN_EXPONENT:
         p_BQL.sub_(p_BQL.amax(dim=-1, keepdim=True))
-    sum_BQ1 = p_BQL.exp2_().sum(dim=-1, keepdim=True)
+    p_BQL.exp2_()
     if q_BQd.dtype != p_BQL.dtype:
         p_BQL = _workspace.take("weights", q_BQd.dtype, *p_BQL.shape).copy_(p_BQL)
-    return p_BQL, sum_BQ1
+    # The sum of the rounded weights: where one key has nearly all the weight, its rounding then cancels.
+    return p_BQL, p_BQL.sum(dim=-1, keepdim=True, dtype=torch.float32)
 
 
 def _scaled_scores(q_BQd: torch.Tensor, k_BLd: torch.Tensor, factor: float) -> torch.Tensor:

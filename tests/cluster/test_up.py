@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 import urllib.request
@@ -16,6 +17,21 @@ from tests import goldens
 from tests.cluster.command import running
 
 pytestmark = pytest.mark.cluster
+
+METRICS = {
+    "router": (
+        "grokmoe_requests",
+        "grokmoe_generated_tokens",
+        "grokmoe_expert_rows",
+        "grokmoe_kv_pages",
+        "grokmoe_step_seconds",
+        "grokmoe_leg_seconds",
+        "grokmoe_request_queue_seconds",
+    ),
+    "attention": ("grokmoe_attention_steps", "grokmoe_attention_tokens", "grokmoe_attention_kv_bytes"),
+    "expert": ("grokmoe_expert_worker_rows", "grokmoe_expert_worker_batch_rows", "grokmoe_expert_worker_queue_seconds"),
+}
+"""Of each role what must have counted something after a few requests."""
 
 UP = ("up", "--model", str(goldens.DIRECTORY), "--dtype", "float32", "--port", "0", "--kv-gib", "0.001")
 
@@ -64,6 +80,8 @@ def test_the_split_topology_in_processes(tmp_path: Path) -> None:
             url = f"http://{process['metrics']}/metrics"
             text = urllib.request.urlopen(url, timeout=10).read().decode()
             assert "process_resident_memory_bytes" in text
+            for name in METRICS[process["role"]]:
+                assert re.search(rf"^{name}(_total|_count|{{|_sum)? ?.*[1-9]", text, re.MULTILINE), name
         pids = [process["pid"] for process in state["processes"]]
         assert all(map(is_alive, pids))
         assert up.stop() == 0
