@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
 from collections.abc import Sequence
 
 import torch
-import uvloop
 
 from expert_worker import weights
 from expert_worker.config import ExpertWorkerSettings, parse_experts
@@ -17,9 +15,9 @@ from expert_worker.experts import ExpertSet
 from expert_worker.service import ExpertService
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
-from grokmoe.errors import ConfigError, StartupError
-from grokmoe.server import ServerSettings, log_to_stderr, run
-from grokmoe.settings import add_flags, from_namespace
+from grokmoe.errors import ConfigError
+from grokmoe.role import run_role
+from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import ExpertMetrics, new_registry
 
 DESCRIPTION = """\
@@ -44,27 +42,15 @@ Every flag can be given as an environment variable: --max-rows as GROKMOE_MAX_RO
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs until SIGTERM. Returns the exit code: 1, with a message, when it cannot start."""
-    parser = argparse.ArgumentParser(
-        "expert_worker",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    try:
-        add_flags(parser.add_argument_group("worker"), ExpertWorkerSettings)
-        add_flags(parser.add_argument_group("server"), ServerSettings)
-        namespace = parser.parse_args(argv)
-        worker = from_namespace(ExpertWorkerSettings, namespace)
-        server = from_namespace(ServerSettings, namespace)
-        log_to_stderr(server.log_level)
-        if not worker.model:
-            raise ConfigError("--model is missing: the directory of a checkpoint")
-        with Checkpoint.open(worker.model, worker.variant) as checkpoint:
-            uvloop.run(_serve(worker, server, checkpoint))
-    except StartupError as error:
-        print(f"expert_worker: error: {error.message}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
+    return run_role("expert_worker", DESCRIPTION, EPILOG, ExpertWorkerSettings, serve, argv)
+
+
+async def serve(worker: ExpertWorkerSettings, server: ServerSettings) -> None:
+    """Opens the checkpoint and serves until a signal comes. Raises StartupError."""
+    if not worker.model:
+        raise ConfigError("model is missing: the directory of a checkpoint")
+    with Checkpoint.open(worker.model, worker.variant) as checkpoint:
+        await _serve(worker, server, checkpoint)
 
 
 async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoint: Checkpoint) -> None:

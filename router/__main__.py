@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import torch
-import uvloop
 
-from grokmoe.errors import ConfigError, GrokmoeError
-from grokmoe.server import ServerSettings, log_to_stderr, run
-from grokmoe.settings import add_flags, from_namespace
+from grokmoe.errors import ConfigError
+from grokmoe.role import run_role
+from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
 from router.loading import build_engine, build_service, load_model
@@ -31,6 +29,7 @@ Every flag can be given as an environment variable: --max-running as GROKMOE_MAX
 
 async def serve(settings: RouterSettings, server: ServerSettings) -> None:
     """Loads, connects, serves until a signal comes. Raises StartupError, Unavailable when workers stay away."""
+    torch.set_num_threads(settings.threads)
     if not settings.attention:
         raise ConfigError("attention is empty: name at least one attention worker")
     model = load_model(settings)
@@ -49,22 +48,7 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs until SIGTERM. Returns the exit code: 1 with a message when it cannot start."""
-    parser = argparse.ArgumentParser(
-        "router", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    try:
-        add_flags(parser.add_argument_group("router"), RouterSettings)
-        add_flags(parser.add_argument_group("server"), ServerSettings)
-        namespace = parser.parse_args(argv)
-        settings = from_namespace(RouterSettings, namespace)
-        server = from_namespace(ServerSettings, namespace)
-        log_to_stderr(server.log_level)
-        torch.set_num_threads(settings.threads)
-        uvloop.run(serve(settings, server))
-    except GrokmoeError as error:
-        print(f"router: error: {error.message}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
+    return run_role("router", DESCRIPTION, EPILOG, RouterSettings, serve, argv)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from grokmoe.telemetry import RouterMetrics
 from router.cell import AttentionCell, CellHooks
 from router.experts import ExpertPool
 from router.generation import Generation
-from router.legs import LEGS, Legs
+from router.legs import Legs
 from router.moe import RowCounter
 from router.sequence import Request
 from router.sequence import Sequence as Sequence_
-from router.step import SchedulerSettings, Step
+from router.step import SchedulerSettings
+from router.step_report import StepReport
 from router.transport.base import AttentionLink, Hole
 from router.worker_state import WorkerState
 
@@ -51,14 +52,6 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.max_waiting < 1:
             raise ConfigError(f"max_waiting is {self.max_waiting}, must be at least 1")
-
-
-@dataclasses.dataclass
-class LegTotals:
-    """Seconds per leg since start, over `num_steps` steps."""
-
-    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(LEGS, 0.0))
-    num_steps: int = 0
 
 
 class Engine:
@@ -91,19 +84,17 @@ class Engine:
                 CellHooks(
                     make_hole=lambda lane, legs, first=index * num_lanes: make_hole(first + lane, legs),  # type: ignore[misc]
                     generation_of=lambda sequence: self._generations.get(sequence),
-                    step_done=self._step_done,
+                    step_done=lambda *args: self.report.step_done(*args),
                     rehome=self._rehome,
                     ended=self._forget,
                 ),
             )
             for index, link in enumerate(attention_links)
         ]
-        self.legs = LegTotals()
         self._generations: dict[Sequence_, Generation] = {}
         self._cell_of: dict[Sequence_, AttentionCell] = {}
         self._arrivals = itertools.count()
-        self._reported = {"preemptions": 0, "queries": 0, "hits": 0}
-        self._reported_rows = [0] * config.num_experts
+        self.report = StepReport(metrics, self.cells, counter)
         metrics.running.set_function(lambda: self.num_running)
         metrics.waiting.set_function(lambda: self.num_waiting)
 
@@ -197,11 +188,6 @@ class Engine:
         """Sequences without pages."""
         return sum(cell.scheduler.num_waiting for cell in self.cells if cell.info)
 
-    @property
-    def num_preemptions(self) -> int:
-        """Sequences preempted since start."""
-        return sum(cell.scheduler.num_preemptions for cell in self.cells if cell.info)
-
     def check(self) -> None:
         """Asserts the invariants of all ledgers and that every sequence has its request."""
         for cell in self.cells:
@@ -231,31 +217,6 @@ class Engine:
     def _forget(self, generation: Generation) -> None:
         self._generations.pop(generation.sequence, None)
         self._cell_of.pop(generation.sequence, None)
-
-    def _step_done(self, cell: AttentionCell, step: Step, seconds: float, legs: Legs) -> None:
-        metrics = self.metrics
-        self.legs.num_steps += 1
-        for leg, spent in legs.seconds.items():
-            self.legs.seconds[leg] += spent
-            metrics.leg_time.labels(leg).observe(spent)
-        metrics.step_time.observe(seconds)
-        metrics.step_tokens.observe(step.num_tokens)
-        ledger = cell.scheduler.ledger
-        for state, pages in (("used", ledger.num_used), ("cached", ledger.num_cached), ("free", ledger.num_free)):
-            metrics.kv_pages.labels(str(cell.index), state).set(pages)
-        schedulers = [cell.scheduler for cell in self.cells if cell.info]
-        for name, counter, total in (
-            ("preemptions", metrics.preemptions, self.num_preemptions),
-            ("queries", metrics.prefix_queries, sum(each.prefix_queries_tokens for each in schedulers)),
-            ("hits", metrics.prefix_hits, sum(each.prefix_hits_tokens for each in schedulers)),
-        ):
-            # A cell that comes back counts from zero again; a Prometheus counter must not go back.
-            counter.inc(max(0, total - self._reported[name]))
-            self._reported[name] = total
-        for expert, total in enumerate(self.counter.by_expert()):
-            if total > self._reported_rows[expert]:
-                metrics.expert_rows.labels(str(expert)).inc(total - self._reported_rows[expert])
-                self._reported_rows[expert] = total
 
 
 def _bind(pool: ExpertPool, index: int) -> Connect:

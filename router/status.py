@@ -37,11 +37,11 @@ def cluster(engine: Engine) -> pb.GetStatusResponse:
     answer = pb.GetStatusResponse(
         waiting=engine.num_waiting,
         running=engine.num_running,
-        steps=engine.legs.num_steps,
-        preemptions=engine.num_preemptions,
+        steps=engine.report.num_steps,
+        preemptions=engine.report.num_preemptions,
     )
-    for leg, seconds in engine.legs.seconds.items():
-        answer.legs.add(leg=leg, total_seconds=seconds, count=engine.legs.num_steps)
+    for leg, seconds in engine.report.leg_seconds.items():
+        answer.legs.add(leg=leg, total_seconds=seconds, count=engine.report.num_steps)
     for cell in engine.cells:
         worker = answer.workers.add(
             role=pb.WORKER_ROLE_ATTENTION, index=cell.index, address=cell.link.address, state=_STATE[cell.state]

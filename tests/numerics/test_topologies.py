@@ -84,7 +84,7 @@ def test_preemption_changes_nothing() -> None:
             many = [prompt for prompt in goldens.PROMPTS for _ in range(3)]
             results = await asyncio.gather(*(greedy(engine, goldens.PROMPTS[prompt], NUM_TOKENS) for prompt in many))
             assert results == [goldens.greedy("seed", prompt) for prompt in many]
-            return engine.num_preemptions
+            return engine.report.num_preemptions
 
     assert asyncio.run(go()) > 0
 

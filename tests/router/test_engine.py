@@ -64,7 +64,7 @@ class TestTokens:
         async def main() -> None:
             async with serving(attention_link(num_pages=12), num_lanes=lanes, max_step_tokens=24) as engine:
                 await check_all(engine, [*ALL, "len33", "len33"])
-                assert engine.num_preemptions > 0
+                assert engine.report.num_preemptions > 0
                 assert engine.cells[0].scheduler.ledger.num_used == 0
 
         asyncio.run(main())
@@ -157,9 +157,9 @@ class TestCancellation:
                 await leaving.take()
                 assert ledger.num_used > 0
                 engine.cancel(leaving)
-                num_steps = engine.legs.num_steps
+                num_steps = engine.report.num_steps
                 await until(lambda: ledger.num_used == 0)
-                assert engine.legs.num_steps <= num_steps + 1
+                assert engine.report.num_steps <= num_steps + 1
                 engine.cancel(leaving)  # once more does no harm
                 engine.check()
                 await check_all(engine, ["len7"])

@@ -287,7 +287,7 @@ class TestClientsThatLeave:
                     token_ids=pb.TokenIds(ids=[1]), stopping=pb.StoppingParams(max_tokens=60, ignore_eos=True)
                 )
                 calls = [served.stub.StreamGenerate(pb.StreamGenerateRequest(generate=request)) for _ in range(3)]
-                await until(lambda: served.engine.legs.num_steps > 30)
+                await until(lambda: served.engine.report.num_steps > 30)
                 for call in calls:
                     call.cancel()
                 await until(lambda: served.engine.num_running + served.engine.num_waiting == 0)
