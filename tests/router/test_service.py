@@ -257,7 +257,7 @@ class TestClientsThatLeave:
     def test_pages_come_free_within_a_step(self, how: str) -> None:
         async def main() -> None:
             async with service() as served:
-                ledger, legs = served.engine.cells[0].scheduler.ledger, served.engine.legs
+                ledger, report = served.engine.cells[0].scheduler.ledger, served.engine.report
                 request = pb.GenerateRequest(
                     token_ids=pb.TokenIds(ids=[1] * 20), stopping=pb.StoppingParams(max_tokens=400, ignore_eos=True)
                 )
@@ -273,9 +273,9 @@ class TestClientsThatLeave:
                     else:
                         await served.channel.close(None)
                 await until(lambda: served.engine.num_running == 0)
-                num_steps = legs.num_steps
+                num_steps = report.num_steps
                 await until(lambda: ledger.num_used == 0)
-                assert legs.num_steps <= num_steps + 1
+                assert report.num_steps <= num_steps + 1
                 served.engine.check()
 
         asyncio.run(main())
