@@ -34,9 +34,10 @@ async def generate(prompt: str, settings: GenerateSettings) -> int:
             top_p=settings.top_p,
             seed=settings.seed,
         )
-        print(prompt, end="", flush=True)
+        shown = prompt  # not before the service has accepted it
         async for delta in stream:
-            print(delta.text, end="", flush=True)
+            print(shown + delta.text, end="", flush=True)
+            shown = ""
         print(flush=True)
         if settings.stats:
             done = await stream.completion()
