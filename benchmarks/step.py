@@ -51,11 +51,11 @@ LOADS = (
 
 @dataclasses.dataclass
 class Result:
-    """seconds: of each run. legs: milliseconds per step, all runs together."""
+    """One entry per run. legs and step: milliseconds per step."""
 
     tokens_per_second: list[float] = dataclasses.field(default_factory=list)
-    legs: dict[str, float] = dataclasses.field(default_factory=dict)
-    step: float = 0.0
+    legs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    step: list[float] = dataclasses.field(default_factory=list)
 
 
 def bench_model(cache: Path) -> Path:
@@ -122,9 +122,9 @@ def add(result: Result, load: Load, seconds: float, before: Status, after: Statu
     tokens = load.batch * (load.prompt if load.new == 1 else load.new)
     steps = after.steps - before.steps
     result.tokens_per_second.append(tokens / seconds)
-    result.step = seconds / steps * 1e3
+    result.step.append(seconds / steps * 1e3)
     for now, then in zip(after.legs, before.legs, strict=True):
-        result.legs[now.leg] = (now.total_seconds - then.total_seconds) / steps * 1e3
+        result.legs.setdefault(now.leg, []).append((now.total_seconds - then.total_seconds) / steps * 1e3)
 
 
 async def measure(model: Path, dtype: str, expert_counts: list[int], rounds: int) -> dict[str, dict[str, Result]]:
@@ -147,17 +147,17 @@ async def measure(model: Path, dtype: str, expert_counts: list[int], rounds: int
 def show(console: Console, results: dict[str, dict[str, Result]]) -> None:
     """One table per load: a row per leg, a column per topology."""
     for load in LOADS:
-        table = Table("ms per step", title=load.name, title_justify="left", box=None, padding=(0, 2))
+        table = Table("ms per step, median", title=load.name, title_justify="left", box=None, padding=(0, 2))
         columns = {topology: by_load[load.name] for topology, by_load in results.items()}
         for topology in columns:
             table.add_column(topology, justify="right")
+        median = statistics.median
         for leg in next(iter(columns.values())).legs:
-            table.add_row(leg, *(f"{result.legs[leg]:.3f}" for result in columns.values()))
-        other = (f"{result.step - sum(result.legs.values()):.3f}" for result in columns.values())
-        table.add_row("other", *other)
-        table.add_row("whole step", *(f"{result.step:.3f}" for result in columns.values()))
-        rates = (f"{statistics.median(result.tokens_per_second):.0f}" for result in columns.values())
-        table.add_row("tokens/s, median", *rates)
+            table.add_row(leg, *(f"{median(result.legs[leg]):.3f}" for result in columns.values()))
+        other = [median(result.step) - sum(map(median, result.legs.values())) for result in columns.values()]
+        table.add_row("other", *(f"{value:.3f}" for value in other))
+        table.add_row("whole step", *(f"{median(result.step):.3f}" for result in columns.values()))
+        table.add_row("tokens/s", *(f"{median(result.tokens_per_second):.0f}" for result in columns.values()))
         console.print(table)
         console.print()
 
