@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
@@ -18,7 +19,7 @@ class AttentionWorkerSettings:
     device: str = setting("cpu", "where to compute; so far only cpu", choices=("cpu",))
     threads: int = setting(0, "threads of one operation; 0: torch's choice")
     page_size: int = setting(32, "positions per KV page")
-    kv_gib: float = setting(1.0, "memory for KV pages in GiB; sets the number of pages")
+    kv_gib: float = setting(1.0, "memory for KV pages in GiB; at least one sequence of full context gets room")
     num_pages: int = setting(0, "KV pages; 0: as many as fit into --kv-gib")
     max_step_tokens: int = setting(2048, "most tokens in one step; a plan with more is refused")
 
@@ -27,3 +28,5 @@ class AttentionWorkerSettings:
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
+        if not (math.isfinite(self.kv_gib) and self.kv_gib > 0):
+            raise ConfigError(f"kv_gib is {self.kv_gib}, must be finite and above 0")

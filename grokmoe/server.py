@@ -24,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from grokmoe.channel import SERVER_OPTIONS
-from grokmoe.errors import GrokmoeError, InternalError, StartupError
+from grokmoe.errors import ConfigError, GrokmoeError, InternalError, StartupError
 from grokmoe.settings import setting
 from grokmoe.status import to_status
 
@@ -32,6 +32,15 @@ logger = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+MAX_PORT = 65535
+
+
+def check_port(name: str, port: int, least: int = 0) -> None:
+    """Raises ConfigError for a number that is no port; gRPC itself would serve on its remainder."""
+    if not least <= port <= MAX_PORT:
+        raise ConfigError(f"{name} is {port}, must be between {least} and {MAX_PORT}")
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -47,6 +56,14 @@ class ServerSettings:
     grace: float = setting(5.0, "seconds that running calls get to finish after SIGTERM")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        check_port("metrics_port", self.metrics_port, -1)
+        if not self.listen.startswith("unix:"):
+            host, _, port = self.listen.rpartition(":")
+            if not host or not port.isdigit():
+                raise ConfigError(f"listen is {self.listen!r}, must be host:port or unix:/path")
+            check_port("listen", int(port))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +206,9 @@ def stop_signal(exit_on_stdin_eof: bool = False) -> asyncio.Event:
 
         def watch() -> None:
             # Not sys.stdin: its lock, held by a thread that waits in a read, would abort the interpreter at exit.
-            while os.read(0, 4096):
-                pass
+            with contextlib.suppress(OSError):  # closed from the start: the parent is gone already
+                while os.read(0, 4096):
+                    pass
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending already
                 loop.call_soon_threadsafe(stop.set)
 
@@ -220,6 +238,7 @@ async def run(
             stopping.cancel()
             if not waiting.done():
                 waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
                 return
             await waiting
         await server.set_ready(True)

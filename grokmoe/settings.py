@@ -1,7 +1,7 @@
 """Settings of a process: a frozen dataclass per role becomes command-line flags and environment variables.
 
 A field `max_rows: int = setting(8192, "most rows per call")` is the flag `--max-rows` and the variable
-`GROKMOE_MAX_ROWS`; the flag wins. This is the only module that reads settings from the environment.
+`GROKMOE_MAX_ROWS`; the flag wins over a valid variable. Settings are read from the environment nowhere else.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from grokmoe.errors import StartupError
@@ -16,6 +16,9 @@ from grokmoe.settings import child_environment
 
 NUM_LAST_LINES = 20
 """Lines of a child's standard error kept for the report of its death."""
+
+MAX_LINE_BYTES = 1024 * 1024
+"""A longer line is passed on in pieces."""
 
 STOP_TIMEOUT = 15.0
 """Seconds a child has to end after SIGTERM before it is killed."""
@@ -111,8 +114,8 @@ class RoleProcess:
         await asyncio.gather(*self._readers, return_exceptions=True)
 
     async def _read_output(self, stream: asyncio.StreamReader) -> None:
-        async for raw in stream:
-            word, _, rest = raw.decode(errors="replace").strip().partition(" ")
+        async for line in _lines(stream):
+            word, _, rest = line.strip().partition(" ")
             if word == "METRICS":
                 self.metrics = rest
             elif word == "READY":
@@ -120,11 +123,24 @@ class RoleProcess:
                 self._ready.set()
 
     async def _read_errors(self, stream: asyncio.StreamReader) -> None:
-        async for raw in stream:
-            line = raw.decode(errors="replace").rstrip()
+        async for line in _lines(stream):
             self._last_lines.append(line)
             if self._ready.is_set() or self.role == "router":  # who dies before it is ready is quoted by wait_ready
                 self._say(f"[{self.name}] {line}")
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines as they come, however long: a reader that gave up would fill the pipe and block the child."""
+    rest = b""
+    while data := await stream.read(65536):
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace").rstrip()
+        if len(rest) > MAX_LINE_BYTES:
+            yield rest.decode(errors="replace")
+            rest = b""
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _to_stderr(line: str) -> None:

@@ -16,7 +16,7 @@ from expert_worker.engine import ExpertEngine
 from expert_worker.experts import ExpertSet
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
-from grokmoe.server import LOG_LEVELS, ServerSettings, log_to_stderr, run
+from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, log_to_stderr, run
 from grokmoe.settings import setting
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
@@ -45,6 +45,9 @@ class ServeSettings:
     max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        check_port("port", self.port)
 
 
 def describe(engine: AttentionEngine) -> AttentionInfo:

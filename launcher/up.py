@@ -17,11 +17,11 @@ from attention_worker.config import AttentionWorkerSettings
 from expert_worker.config import ExpertWorkerSettings
 from grokmoe.errors import ConfigError
 from grokmoe.model_config import ModelConfig
-from grokmoe.server import LOG_LEVELS, ServerSettings, stop_signal
+from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, stop_signal
 from grokmoe.settings import setting, to_flags
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from launcher.process import RoleProcess
-from router.config import RouterSettings
+from router.config import RouterSettings, read_placement
 from router.placement import spread
 
 
@@ -45,8 +45,24 @@ class UpSettings:
     max_running: int = setting(256, "sequences per attention worker that hold KV pages")
     max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
     threads: int = setting(0, "threads of each worker; 0: the cores shared out among the workers of a role")
+    placement: str = setting(
+        "",
+        'which workers hold and serve each expert, in this order: a JSON file {"expert": [worker, ...]}; '
+        "empty: spread evenly",
+        metavar="FILE",
+    )
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
+    def __post_init__(self) -> None:
+        check_port("port", self.port)
+        if self.attention < 1:
+            raise ConfigError(f"attention is {self.attention}, must be at least 1")
+        if self.state and not Path(self.state).resolve().parent.is_dir():
+            raise ConfigError(f"state is {self.state}: there is no such folder")
+
+
+MAX_SOCKET_FOLDER = 80
+"""Longest folder name that leaves room for a socket's: the path of a Unix socket has at most 107 characters."""
 
 Report = Callable[[str], None]
 
@@ -59,10 +75,11 @@ class Cluster:
 
         Raises ConfigError for counts that cannot be.
         """
-        if settings.attention < 1:
-            raise ConfigError(f"attention is {settings.attention}, must be at least 1")
         self.settings, self._report, self._say = settings, report, say
         self._directory = Path(tempfile.mkdtemp(prefix="grokmoe-"))
+        if len(str(self._directory)) > MAX_SOCKET_FOLDER:
+            self._directory.rmdir()
+            self._directory = Path(tempfile.mkdtemp(prefix="grokmoe-", dir="/tmp"))
         try:
             self.workers, self.router = self._plan()
         except BaseException:
@@ -79,7 +96,7 @@ class Cluster:
             attention = AttentionWorkerSettings(**common, **sizes, threads=s.threads or _share(s.attention))
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
             workers.append(RoleProcess("attention", index, "attention_worker", flags, self._say))
-        for index, held in enumerate(spread(config.num_experts, s.experts, s.expert_replicas)):
+        for index, held in enumerate(_held(s, config.num_experts)):
             experts = ExpertWorkerSettings(
                 **common,
                 experts=",".join(map(str, held)),
@@ -90,6 +107,7 @@ class Cluster:
             workers.append(RoleProcess("expert", index, "expert_worker", flags, self._say))
         router = RouterSettings(
             **common,
+            placement=str(Path(s.placement).resolve()) if s.placement else "",
             attention=tuple(self._socket("attention", index) for index in range(s.attention)),
             experts=tuple(self._socket("expert", index) for index in range(s.experts)),
             lanes=s.lanes,
@@ -167,6 +185,24 @@ class Cluster:
         await self.router.stop()
         await asyncio.gather(*(worker.stop() for worker in self.workers))
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _held(settings: UpSettings, num_experts: int) -> tuple[tuple[int, ...], ...]:
+    """The experts of each worker. Raises ConfigError for a placement that leaves an expert or a worker out."""
+    table = read_placement(settings.placement)
+    if table is None:
+        return spread(num_experts, settings.experts, settings.expert_replicas)
+    if set(table) != set(range(num_experts)):
+        raise ConfigError(f"placement {settings.placement}: must name experts 0 to {num_experts - 1}")
+    named = {worker for workers in table.values() for worker in workers}
+    if named != set(range(settings.experts)) or not all(table.values()):
+        raise ConfigError(
+            f"placement {settings.placement}: every expert needs a worker, and workers 0 to {settings.experts - 1} "
+            "an expert"
+        )
+    return tuple(
+        tuple(expert for expert in range(num_experts) if worker in table[expert]) for worker in range(settings.experts)
+    )
 
 
 def _share(num_workers: int) -> int:

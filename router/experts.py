@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from grokmoe.channel import TIMEOUTS
-from grokmoe.errors import ConfigError, GrokmoeError, Unavailable
+from grokmoe.errors import ConfigError, GrokmoeError, InternalError, Unavailable
 from grokmoe.model_config import ModelConfig
 from router.dispatch import Shard, reassign
 from router.legs import Legs
@@ -25,6 +25,10 @@ from router.transport.base import ExpertInfo, ExpertLink, ExpertReply
 from router.worker_state import WorkerState
 
 logger = logging.getLogger(__name__)
+
+
+MAX_FAULTS = 2
+"""Workers that may fail on the same rows before the rows are taken to be at fault."""
 
 
 class ExpertsUnavailable(Unavailable):
@@ -152,7 +156,10 @@ class ExpertPool:
         legs.add("wire", max(0.0, total - slowest.queue - slowest.compute))
         return replies[0].rows_ND if len(replies) == 1 else torch.cat([reply.rows_ND for reply in replies])
 
-    async def _forward_shard(self, lane: int, layer: int, shard: Shard, rows_ND: torch.Tensor) -> ExpertReply:
+    async def _forward_shard(
+        self, lane: int, layer: int, shard: Shard, rows_ND: torch.Tensor, num_faults: int = 0
+    ) -> ExpertReply:
+        """num_faults: workers that have failed on these rows of themselves, and not just vanished."""
         member = self.members[shard.worker]
         if member.state is WorkerState.READY:  # it may have been lost since it was chosen
             member.rows_in_flight += rows_ND.shape[0]
@@ -160,12 +167,19 @@ class ExpertPool:
                 return await member.link.forward(lane, layer, shard.expert_ids, shard.counts, rows_ND)
             except Unavailable as error:
                 self._suspect(member, error)
+            except InternalError as error:  # such as out of memory: another holder may do better
+                num_faults += 1
+                if num_faults > MAX_FAULTS:
+                    raise
+                self._suspect(member, error)
             finally:
                 member.rows_in_flight -= rows_ND.shape[0]
         parts = reassign(shard, await self.choose(layer))
         replies = await _gather(
             [
-                self._forward_shard(lane, layer, part, rows_ND[part.begin - shard.begin : part.end - shard.begin])
+                self._forward_shard(
+                    lane, layer, part, rows_ND[part.begin - shard.begin : part.end - shard.begin], num_faults
+                )
                 for part in parts
             ]
         )
@@ -186,6 +200,7 @@ class ExpertPool:
     async def _probe(self, member: ExpertMember) -> None:
         while member.state is WorkerState.SUSPECT:
             await asyncio.sleep(self._settings.probe_interval)
+            known = member.info
             try:
                 await self.connect(member)
                 self.place()  # it may hold other experts now
@@ -193,7 +208,7 @@ class ExpertPool:
                 # Another model at the same address is no passing trouble: somebody has to act.
                 level = logging.WARNING if isinstance(error, ConfigError) else logging.DEBUG
                 logger.log(level, "expert worker %d still away: %s", member.index, error)
-                member.state = WorkerState.SUSPECT
+                member.info, member.state = known, WorkerState.SUSPECT
                 continue
             logger.info("expert worker %d at %s is back", member.index, member.link.address)
             self._changed.set()

@@ -267,6 +267,9 @@ class GrpcExpertLink:
             async with asyncio.timeout(EXPERT_CALL_TIMEOUT):
                 header, out_ND = await stream.call(request, rows_ND)
         except TimeoutError:
+            # What the worker still owes would stand before everything sent later.
+            self._lanes.pop(lane, None)
+            stream.cancel()
             raise Unavailable(f"no answer from the expert worker for {EXPERT_CALL_TIMEOUT:g} s") from None
         if header.HasField("failure"):
             raise from_failure(header.failure)

@@ -115,6 +115,17 @@ def test_a_replica_takes_over(tmp_path: Path) -> None:
         assert any("expert 0 ended with code -9" in line for line in up.errors)
 
 
+def test_a_given_placement_is_used(tmp_path: Path) -> None:
+    table = {str(expert): [1] if expert == 5 else [0, 1] if expert == 3 else [0] for expert in range(8)}
+    (tmp_path / "placement.json").write_text(json.dumps(table))
+    with running(*UP, "--experts", "2", "--placement", str(tmp_path / "placement.json")) as up:
+        with Client(up.wait_ready()) as client:
+            done = client.generate(goldens.PROMPTS["len33"], max_tokens=16, temperature=0, ignore_eos=True)
+            assert list(done.token_ids) == goldens.greedy("seed", "len33")
+            assert [list(placed.workers) for placed in client.status().placement] == list(table.values())
+        assert up.stop() == 0
+
+
 def test_children_end_with_their_parent(tmp_path: Path) -> None:
     state_file = tmp_path / "state.json"
     with running(*UP, "--experts", "1", "--state", str(state_file)) as up:
@@ -143,6 +154,10 @@ def test_a_child_that_cannot_start_is_quoted(tmp_path: Path) -> None:
         (("--experts", "9"), "9 workers for 8 experts"),
         (("--experts", "2", "--expert-replicas", "3"), "3 replicas"),
         (("--attention", "0"), "attention is 0"),
+        (("--port", "99999"), "port is 99999"),
+        (("--kv-gib", "-1"), "kv_gib is -1.0"),
+        (("--state", "/nowhere/state.json"), "no such folder"),
+        (("--placement", "/nowhere.json"), "placement /nowhere.json"),
         (("--model", "/nowhere"), "/nowhere: no such file"),
     ],
 )

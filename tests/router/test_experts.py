@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 import torch
 
-from grokmoe.errors import ConfigError, InvalidRequest, Unavailable
+from grokmoe.errors import ConfigError, InternalError, InvalidRequest, Unavailable
 from router import dispatch
 from router.experts import ExpertPool, ExpertPoolSettings, ExpertsUnavailable
 from router.legs import Legs
@@ -93,6 +93,27 @@ def test_a_lost_worker_s_rows_go_to_the_replica() -> None:
             await until(lambda: pool.members[0].state is WorkerState.READY)
             await call(pool)
             assert len(lost.calls) == num_calls + 1, "a probe has brought it back"
+
+    asyncio.run(main())
+
+
+def broken(*_: object) -> torch.Tensor:
+    raise InternalError("out of memory")
+
+
+def test_a_worker_that_fails_of_itself_is_no_loss_while_there_is_another() -> None:
+    async def main() -> None:
+        async with pool_of([ExpertDouble(forward=broken), ExpertDouble()]) as pool:
+            assert torch.equal(await call(pool), expected())
+
+    asyncio.run(main())
+
+
+def test_rows_on_which_every_worker_fails_are_given_up() -> None:
+    async def main() -> None:
+        async with pool_of([ExpertDouble(forward=broken), ExpertDouble(forward=broken)]) as pool:
+            with pytest.raises(InternalError, match="out of memory"):
+                await call(pool)
 
     asyncio.run(main())
 

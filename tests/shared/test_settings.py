@@ -133,9 +133,19 @@ VALUES = {
 }
 
 
+BOUNDED: dict[str, st.SearchStrategy[Any]] = {
+    "port": st.integers(0, 65535),
+    "metrics_port": st.integers(-1, 65535),
+    "listen": st.sampled_from(["127.0.0.1:0", "[::]:7000", "unix:/a b/c.sock"]),
+    "kv_gib": st.floats(1e-3, 1e6),
+    "state": st.sampled_from(["", "state.json", "-x.json"]),
+}
+"""Fields whose settings class refuses other values."""
+
+
 def values_of(field: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
     choices = field.metadata["choices"]
-    return st.sampled_from(choices) if choices else VALUES[str(field.type)]
+    return BOUNDED.get(field.name) or (st.sampled_from(choices) if choices else VALUES[str(field.type)])
 
 
 @pytest.mark.parametrize("kind", [Example, *ROLES])
@@ -159,6 +169,11 @@ def test_every_field_is_spelled_out_for_another_process() -> None:
     ("kind", "field", "value"),
     [
         (RouterSettings, "threads", 0),
+        (ServerSettings, "metrics_port", 70000),
+        (ServerSettings, "metrics_port", -2),
+        (ServerSettings, "listen", "127.0.0.1:99999"),
+        (ServerSettings, "listen", "7000"),
+        (AttentionWorkerSettings, "kv_gib", 0.0),
         (ExpertWorkerSettings, "threads", -1),
         (ExpertWorkerSettings, "max_rows", 0),
         (AttentionWorkerSettings, "threads", -1),
