@@ -61,9 +61,10 @@ class ServerSettings:
         check_port("metrics_port", self.metrics_port, -1)
         if not self.listen.startswith("unix:"):
             host, _, port = self.listen.rpartition(":")
-            if not host or not port.isdigit():
-                raise ConfigError(f"listen is {self.listen!r}, must be host:port or unix:/path")
-            check_port("listen", int(port))
+            if not host or not port.isdigit() or int(port) > MAX_PORT:
+                raise ConfigError(
+                    f"listen is {self.listen}, must be unix:/path or host:port with a port up to {MAX_PORT}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
