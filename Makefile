@@ -40,7 +40,7 @@ $(DEMO_ENV)/installed: pyproject.toml
 $(DEV_ENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(DEV_ENV)
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[server,dev]'
+	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[server,smg,dev]'
 	@touch $@
 
 clean:

@@ -97,7 +97,7 @@ class StepRun:
 def _num_logit_rows(scope: LogitsScope, is_sampled: bool, num_tokens: int) -> int:
     if scope is LogitsScope.ALL:
         return num_tokens
-    return 1 if is_sampled or scope is LogitsScope.LAST else 0
+    return 1 if is_sampled else 0
 
 
 class AttentionEngine:

@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 
 from grokmoe.client import AsyncClient, AsyncStream
 from grokmoe.errors import (
+    AlreadyExists,
     Cancelled,
     CheckpointError,
     Code,
@@ -14,6 +15,7 @@ from grokmoe.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    Reason,
     ResourceExhausted,
     Retryable,
     StartupError,
@@ -42,6 +44,7 @@ except _metadata.PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "AlreadyExists",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
@@ -62,6 +65,7 @@ __all__ = [
     "LegLatency",
     "ModelInfo",
     "NotFound",
+    "Reason",
     "ResourceExhausted",
     "Retryable",
     "StartupError",

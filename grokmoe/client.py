@@ -31,8 +31,8 @@ from grokmoe.results import (
     read_status,
 )
 from grokmoe.status import from_rpc_error
+from grokmoe.v1 import control_pb2, control_pb2_grpc, generation_pb2_grpc
 from grokmoe.v1 import generation_pb2 as pb
-from grokmoe.v1 import generation_pb2_grpc
 
 GENERATE_TIMEOUT = 600.0
 """Deadline of a generation unless the caller names one, seconds."""
@@ -141,13 +141,15 @@ class _Connection:
     loop: asyncio.AbstractEventLoop
     channel: grpc.aio.Channel
     generation: Any
+    control: Any
     health: Any
 
     @classmethod
     def open(cls, address: str) -> Self:
         channel = open_channel(address, RECONNECT_OPTIONS)
         generation = generation_pb2_grpc.GenerationStub(channel)  # type: ignore[no-untyped-call]
-        return cls(asyncio.get_running_loop(), channel, generation, health_pb2_grpc.HealthStub(channel))
+        control = control_pb2_grpc.ControlStub(channel)  # type: ignore[no-untyped-call]
+        return cls(asyncio.get_running_loop(), channel, generation, control, health_pb2_grpc.HealthStub(channel))
 
 
 class AsyncClient:
@@ -209,9 +211,9 @@ class AsyncClient:
 
     async def status(self, *, timeout: float = TIMEOUTS.status) -> Status:
         """Workers, placement and load. timeout: seconds."""
-        stub = self._connect().generation
+        stub = self._connect().control
         with _typed_errors():
-            return read_status(await stub.GetStatus(pb.GetStatusRequest(), timeout=timeout))
+            return read_status(await stub.GetStatus(control_pb2.GetStatusRequest(), timeout=timeout))
 
     async def wait_ready(self, timeout: float) -> None:
         """Returns when the service accepts generations; DeadlineExceeded, with the reason, after `timeout` seconds.

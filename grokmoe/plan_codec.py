@@ -8,7 +8,6 @@ from grokmoe.v1 import attention_pb2
 
 _SCOPES = {
     attention_pb2.LOGITS_SCOPE_UNSPECIFIED: LogitsScope.NONE,
-    attention_pb2.LOGITS_SCOPE_LAST: LogitsScope.LAST,
     attention_pb2.LOGITS_SCOPE_ALL: LogitsScope.ALL,
 }
 assert {int(wire): int(scope) for wire, scope in _SCOPES.items()} == {int(scope): int(scope) for scope in LogitsScope}

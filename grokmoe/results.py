@@ -7,6 +7,7 @@ import enum
 from typing import Any, TypeVar
 
 from grokmoe.errors import InternalError
+from grokmoe.v1 import control_pb2 as control
 from grokmoe.v1 import generation_pb2 as pb
 
 T = TypeVar("T")
@@ -150,13 +151,13 @@ _FINISH_REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
 }
 _ROLES: dict[int, WorkerRole] = {
-    pb.WORKER_ROLE_ATTENTION: WorkerRole.ATTENTION,
-    pb.WORKER_ROLE_EXPERT: WorkerRole.EXPERT,
+    control.WORKER_ROLE_ATTENTION: WorkerRole.ATTENTION,
+    control.WORKER_ROLE_EXPERT: WorkerRole.EXPERT,
 }
 _STATES: dict[int, WorkerState] = {
-    pb.WORKER_STATE_JOINING: WorkerState.JOINING,
-    pb.WORKER_STATE_READY: WorkerState.READY,
-    pb.WORKER_STATE_SUSPECT: WorkerState.SUSPECT,
+    control.WORKER_STATE_JOINING: WorkerState.JOINING,
+    control.WORKER_STATE_READY: WorkerState.READY,
+    control.WORKER_STATE_SUSPECT: WorkerState.SUSPECT,
 }
 
 
@@ -204,7 +205,7 @@ def read_model(message: pb.GetModelResponse) -> ModelInfo:
     return _read(ModelInfo, message, eos_token_ids=tuple(message.eos_token_ids))
 
 
-def read_status(message: pb.GetStatusResponse) -> Status:
+def read_status(message: control.GetStatusResponse) -> Status:
     """The router's view of the cluster."""
     workers = (
         _read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from grokmoe.errors import (
+    AlreadyExists,
     Cancelled,
     Code,
     DeadlineExceeded,
@@ -20,6 +22,7 @@ from grokmoe.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    Reason,
     ResourceExhausted,
     Retryable,
     Unavailable,
@@ -36,6 +39,7 @@ _BY_CODE: dict[int, type[GrokmoeError]] = {
     cls.code: cls
     for cls in (
         NotFound,
+        AlreadyExists,
         ResourceExhausted,
         Unavailable,
         FailedPrecondition,
@@ -46,16 +50,30 @@ _BY_CODE: dict[int, type[GrokmoeError]] = {
 }
 
 
-def _build(number: int, name: str, message: str, field: str = "", retry_after: float | None = None) -> GrokmoeError:
+@dataclasses.dataclass(frozen=True)
+class _Details:
+    """What the details of a status say; None: nothing."""
+
+    field: str = ""
+    retry_after: float | None = None
+    reason: Reason | None = None
+
+
+def _build(number: int, name: str, message: str, details: _Details) -> GrokmoeError:
     """number, name: of the gRPC code, which may be one we never send ourselves."""
     if number == Code.INVALID_ARGUMENT:
-        return InvalidRequest(field, message.removeprefix(f"{field}: ") if field else message)
+        text = message.removeprefix(f"{details.field}: ") if details.field else message
+        return InvalidRequest(details.field, text, reason=details.reason)
     cls = _BY_CODE.get(number)
     if cls is None:
-        return InternalError(f"{name}: {message}")
-    if issubclass(cls, Retryable) and retry_after is not None:
-        return cls(message, retry_after)
-    return cls(message)
+        return InternalError(f"{name}: {message}", reason=details.reason)
+    if issubclass(cls, Retryable) and details.retry_after is not None:
+        return cls(message, details.retry_after, reason=details.reason)
+    return cls(message, reason=details.reason)
+
+
+def _reason(text: str) -> Reason | None:
+    return Reason(text) if text in Reason.__members__ else None
 
 
 def _cut(message: str) -> str:
@@ -71,7 +89,7 @@ def to_status(error: GrokmoeError) -> Any:
     Returns: what `context.abort_with_status` takes.
     """
     status = status_pb2.Status(code=error.code, message=_cut(error.message))
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.code.name, domain=ERROR_DOMAIN)]
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)]
     if isinstance(error, InvalidRequest) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.description))
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
@@ -90,22 +108,25 @@ def from_rpc_error(error: grpc.RpcError) -> GrokmoeError:
     """Turns what a gRPC call raised into an error of the tree, reading the google.rpc details if there are any."""
     call: Any = error
     try:
-        field, retry_after = _read_details(rpc_status.from_call(call))
+        details = _read_details(rpc_status.from_call(call))
     except (ValueError, DecodeError):  # details of another status: a proxy or gRPC itself replaced the server's
-        field, retry_after = "", None
+        details = _Details()
     code = call.code()
-    return _build(code.value[0], code.name, call.details() or code.name, field, retry_after)
+    return _build(code.value[0], code.name, call.details() or code.name, details)
 
 
-def _read_details(status: Any) -> tuple[str, float | None]:
-    field, retry_after = "", None
+def _read_details(status: Any) -> _Details:
+    found: dict[str, Any] = {}
     for detail in status.details if status is not None else ():
         bad_request, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        info = error_details_pb2.ErrorInfo()
         if detail.Unpack(bad_request) and bad_request.field_violations:
-            field = bad_request.field_violations[0].field
+            found["field"] = bad_request.field_violations[0].field
         elif detail.Unpack(retry):
-            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return field, retry_after
+            found["retry_after"] = retry.retry_delay.ToTimedelta().total_seconds()
+        elif detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+            found["reason"] = _reason(info.reason)
+    return _Details(**found)
 
 
 def to_failure(error: Exception) -> failure_pb2.Failure:
@@ -113,9 +134,10 @@ def to_failure(error: Exception) -> failure_pb2.Failure:
     if not isinstance(error, GrokmoeError):
         error = InternalError(f"{type(error).__name__}: {error}")
     field = error.field if isinstance(error, InvalidRequest) else ""
-    return failure_pb2.Failure(code=error.code, message=error.message, field=field)
+    return failure_pb2.Failure(code=error.code, message=error.message, field=field, reason=error.reason)
 
 
 def from_failure(failure: failure_pb2.Failure) -> GrokmoeError:
     """The inverse of `to_failure`."""
-    return _build(failure.code, f"code {failure.code}", failure.message, failure.field)
+    details = _Details(field=failure.field, reason=_reason(failure.reason))
+    return _build(failure.code, f"code {failure.code}", failure.message, details)

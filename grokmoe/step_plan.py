@@ -1,34 +1,93 @@
 """One step of an attention worker as plain values: what the router asks for and what comes back.
 
 Shared by the router, which writes plans, and the attention worker, which validates and runs them. Does not import
-torch: a plan is bookkeeping.
+torch: a plan is bookkeeping. Long lists of ids are packed (`pack_ids`), so that a plan costs the same however long the
+text is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
+from array import array
+from collections.abc import Iterable
 from typing import Any
+
+WHOLE_VOCABULARY = -1
+"""As a number of most likely tokens: all of them, in the order of their ids."""
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids as uint32, little-endian."""
+    packed = array("I", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Penalties:
+    """What makes tokens less likely that are there already, as vLLM has it.
+
+    repetition: divides positive and multiplies negative logits of tokens in prompt or output; 1: none.
+    frequency: taken from a token's logit for each time it is in the output; 0: none.
+    presence: taken from the logit of each token that is in the output; 0: none.
+    prompt_ids, output_ids: packed.
+    """
+
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    prompt_ids: bytes = b""
+    output_ids: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenSampling:
-    """How one token is chosen. With `temperature` 0 the most likely one; otherwise `seed` and position decide."""
+    """How one token is chosen. With `temperature` 0 the most likely one; otherwise `seed` and position decide.
+
+    The logits pass, in this order: allowed, bias, penalties, temperature, min_p, top_k, top_p.
+
+    bias_ids, bias: added to the logits of these tokens; minus infinity bars a token.
+    allowed: a bit per token, that of token i is `allowed[i // 8] & 1 << i % 8`, padded to a multiple of 4 bytes; only
+        tokens whose bit is set can be drawn. Empty: all.
+    num_logprobs: log-probabilities wanted, of the drawn token and of so many most likely ones; None: none.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    bias_ids: tuple[int, ...] = ()
+    bias: tuple[float, ...] = ()
+    penalties: Penalties | None = None
+    allowed: bytes = b""
+    num_logprobs: int | None = None
 
 
 GREEDY = TokenSampling()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenScoring:
+    """Log-probabilities wanted of tokens that are given, not drawn.
+
+    first: first of the chunk's tokens whose successor is judged.
+    target_ids: that successor, and those of the tokens after it; at most as many as the chunk has tokens from `first`.
+    num_top: most likely tokens returned beside each.
+    """
+
+    first: int
+    target_ids: tuple[int, ...]
+    num_top: int = 0
 
 
 class LogitsScope(enum.IntEnum):
     """Which rows of logits a chunk returns. The numbers are those of the wire (grokmoe/plan_codec.py)."""
 
     NONE = 0
-    LAST = 1
     ALL = 2
 
 
@@ -39,6 +98,7 @@ class SequenceChunk:
     token_ids: their keys and values go to positions start, start + 1, ...
     page_ids: pages of positions 0 .. start + len(token_ids) - 1.
     sampling: set when the last token's successor is wanted.
+    scoring: set when given tokens are to be judged.
     """
 
     token_ids: tuple[int, ...]
@@ -46,6 +106,7 @@ class SequenceChunk:
     page_ids: tuple[int, ...]
     sampling: TokenSampling | None = None
     logits: LogitsScope = LogitsScope.NONE
+    scoring: TokenScoring | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,8 +118,36 @@ class StepPlan:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LogprobTable:
+    """Log-probabilities of rows, one per token judged or drawn.
+
+    token_ids, logprobs, ranks: of the tokens; rank 1 is the most likely, ties count as at least as likely.
+    num_top: entries per row in the next two.
+    top_ids: the most likely tokens, most likely first, packed, row after row.
+    top_logprobs: theirs, float32, little-endian.
+
+    For the whole vocabulary, num_top is its size, `top_ids` is empty and the rows, in the order of ids, are in
+    `StepResult.logits`; the router puts them into `top_logprobs`.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+    num_top: int = 0
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class StepResult:
-    """token_ids: one per chunk with sampling, in order. logits: [rows asked for, vocab] float32 tensor, or None."""
+    """What a step gives.
+
+    token_ids: one per chunk with sampling, in order.
+    logits: what was asked for over the whole vocabulary: float32 tensor [rows, vocab], or None. In the order of the
+        chunks, and of each chunk: its logits, the log-probabilities of its scoring, those of its drawn token.
+    logprobs: in the order of the chunks; of each the table of its scoring, then the one of its drawn token.
+    """
 
     token_ids: tuple[int, ...]
     logits: Any = None
+    logprobs: tuple[LogprobTable, ...] = ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from grokmoe.model_config import ModelConfig
-from grokmoe.v1 import generation_pb2 as pb
+from grokmoe.v1 import control_pb2 as pb
+from grokmoe.v1 import generation_pb2
 from router.engine import Engine
 from router.transport.local import LOCAL
 from router.worker_state import WorkerState
@@ -15,9 +16,9 @@ _STATE = {
 }
 
 
-def model(config: ModelConfig, name: str, dtype: str, has_tokenizer: bool) -> pb.GetModelResponse:
+def model(config: ModelConfig, name: str, dtype: str, has_tokenizer: bool) -> generation_pb2.GetModelResponse:
     """What is served."""
-    return pb.GetModelResponse(
+    return generation_pb2.GetModelResponse(
         name=name,
         config_hash=config.content_hash,
         vocab_size=config.vocab_size,
@@ -29,6 +30,7 @@ def model(config: ModelConfig, name: str, dtype: str, has_tokenizer: bool) -> pb
         eos_token_ids=config.eos_token_ids,
         has_tokenizer=has_tokenizer,
         dtype=dtype,
+        bos_token_id=config.bos_token_id,
     )
 
 

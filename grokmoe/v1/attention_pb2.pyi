@@ -12,10 +12,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class LogitsScope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LOGITS_SCOPE_UNSPECIFIED: _ClassVar[LogitsScope]
-    LOGITS_SCOPE_LAST: _ClassVar[LogitsScope]
     LOGITS_SCOPE_ALL: _ClassVar[LogitsScope]
 LOGITS_SCOPE_UNSPECIFIED: LogitsScope
-LOGITS_SCOPE_LAST: LogitsScope
 LOGITS_SCOPE_ALL: LogitsScope
 
 class AttentionDescribeRequest(_message.Message):
@@ -46,31 +44,69 @@ class AttentionDescribeResponse(_message.Message):
     device: str
     def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
+class Penalties(_message.Message):
+    __slots__ = ("repetition", "frequency", "presence", "prompt_ids", "output_ids")
+    REPETITION_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
+    repetition: float
+    frequency: float
+    presence: float
+    prompt_ids: bytes
+    output_ids: bytes
+    def __init__(self, repetition: _Optional[float] = ..., frequency: _Optional[float] = ..., presence: _Optional[float] = ..., prompt_ids: _Optional[bytes] = ..., output_ids: _Optional[bytes] = ...) -> None: ...
+
 class TokenSampling(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "seed")
+    __slots__ = ("temperature", "top_k", "top_p", "seed", "min_p", "bias_ids", "bias", "penalties", "allowed", "num_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    PENALTIES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
     seed: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    min_p: float
+    bias_ids: _containers.RepeatedScalarFieldContainer[int]
+    bias: _containers.RepeatedScalarFieldContainer[float]
+    penalties: Penalties
+    allowed: bytes
+    num_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., min_p: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[float]] = ..., penalties: _Optional[_Union[Penalties, _Mapping]] = ..., allowed: _Optional[bytes] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
+
+class TokenScoring(_message.Message):
+    __slots__ = ("first", "target_ids", "num_top")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    TARGET_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOP_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    target_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_top: int
+    def __init__(self, first: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., num_top: _Optional[int] = ...) -> None: ...
 
 class SequenceChunk(_message.Message):
-    __slots__ = ("token_ids", "start", "page_ids", "sampling", "logits")
+    __slots__ = ("token_ids", "start", "page_ids", "sampling", "logits", "scoring")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
+    SCORING_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     start: int
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: TokenSampling
     logits: LogitsScope
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ...) -> None: ...
+    scoring: TokenScoring
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ..., scoring: _Optional[_Union[TokenScoring, _Mapping]] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("incarnation", "chunks")
@@ -94,11 +130,29 @@ class StepRequest(_message.Message):
     payload: _tensor_pb2.Tensor
     def __init__(self, step_id: _Optional[int] = ..., plan: _Optional[_Union[StepPlan, _Mapping]] = ..., layer: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
-class StepResult(_message.Message):
-    __slots__ = ("token_ids",)
+class LogprobTable(_message.Message):
+    __slots__ = ("token_ids", "logprobs", "ranks", "num_top", "top_ids", "top_logprobs")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOP_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    num_top: int
+    top_ids: bytes
+    top_logprobs: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., ranks: _Optional[_Iterable[int]] = ..., num_top: _Optional[int] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("token_ids", "logprobs")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[LogprobTable]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[LogprobTable, _Mapping]]] = ...) -> None: ...
 
 class StepResponse(_message.Message):
     __slots__ = ("step_id", "layer", "remaining_rows", "result", "failure", "compute_ns", "payload")

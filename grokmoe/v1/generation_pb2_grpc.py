@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationStub:
-    """The public service: text or token ids in, text and token ids out.
+    """Inference: text or token ids in, text and token ids out.
     """
 
     def __init__(self, channel):
@@ -45,20 +45,30 @@ class GenerationStub:
                 request_serializer=grokmoe_dot_v1_dot_generation__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=grokmoe_dot_v1_dot_generation__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/grokmoe.v1.Generation/Score',
+                request_serializer=grokmoe_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/grokmoe.v1.Generation/Tokenize',
+                request_serializer=grokmoe_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/grokmoe.v1.Generation/Detokenize',
+                request_serializer=grokmoe_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/grokmoe.v1.Generation/GetModel',
                 request_serializer=grokmoe_dot_v1_dot_generation__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=grokmoe_dot_v1_dot_generation__pb2.GetModelResponse.FromString,
                 _registered_method=True)
-        self.GetStatus = channel.unary_unary(
-                '/grokmoe.v1.Generation/GetStatus',
-                request_serializer=grokmoe_dot_v1_dot_generation__pb2.GetStatusRequest.SerializeToString,
-                response_deserializer=grokmoe_dot_v1_dot_generation__pb2.GetStatusResponse.FromString,
-                _registered_method=True)
 
 
 class GenerationServicer:
-    """The public service: text or token ids in, text and token ids out.
+    """Inference: text or token ids in, text and token ids out.
     """
 
     def Generate(self, request, context):
@@ -69,7 +79,28 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Generates and answers token by token; the last message carries finish_reason and usage.
+        """Generates and answers token by token. The message in which the last candidate ends is the last.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How likely the model finds a text, token by token; generates nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Text to token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Token ids to text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,13 +108,6 @@ class GenerationServicer:
 
     def GetModel(self, request, context):
         """What is served.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GetStatus(self, request, context):
-        """Workers, placement and load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,15 +126,25 @@ def add_GenerationServicer_to_server(servicer, server):
                     request_deserializer=grokmoe_dot_v1_dot_generation__pb2.StreamGenerateRequest.FromString,
                     response_serializer=grokmoe_dot_v1_dot_generation__pb2.StreamGenerateResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=grokmoe_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=grokmoe_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=grokmoe_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
+            ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=grokmoe_dot_v1_dot_generation__pb2.GetModelRequest.FromString,
                     response_serializer=grokmoe_dot_v1_dot_generation__pb2.GetModelResponse.SerializeToString,
-            ),
-            'GetStatus': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetStatus,
-                    request_deserializer=grokmoe_dot_v1_dot_generation__pb2.GetStatusRequest.FromString,
-                    response_serializer=grokmoe_dot_v1_dot_generation__pb2.GetStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -121,7 +155,7 @@ def add_GenerationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Generation:
-    """The public service: text or token ids in, text and token ids out.
+    """Inference: text or token ids in, text and token ids out.
     """
 
     @staticmethod
@@ -179,6 +213,87 @@ class Generation:
             _registered_method=True)
 
     @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Generation/Score',
+            grokmoe_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            grokmoe_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Generation/Tokenize',
+            grokmoe_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            grokmoe_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Generation/Detokenize',
+            grokmoe_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            grokmoe_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetModel(request,
             target,
             options=(),
@@ -195,33 +310,6 @@ class Generation:
             '/grokmoe.v1.Generation/GetModel',
             grokmoe_dot_v1_dot_generation__pb2.GetModelRequest.SerializeToString,
             grokmoe_dot_v1_dot_generation__pb2.GetModelResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetStatus(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/grokmoe.v1.Generation/GetStatus',
-            grokmoe_dot_v1_dot_generation__pb2.GetStatusRequest.SerializeToString,
-            grokmoe_dot_v1_dot_generation__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,106 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_ROLE_UNSPECIFIED: _ClassVar[WorkerRole]
+    WORKER_ROLE_ATTENTION: _ClassVar[WorkerRole]
+    WORKER_ROLE_EXPERT: _ClassVar[WorkerRole]
+
+class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_STATE_UNSPECIFIED: _ClassVar[WorkerState]
+    WORKER_STATE_JOINING: _ClassVar[WorkerState]
+    WORKER_STATE_READY: _ClassVar[WorkerState]
+    WORKER_STATE_SUSPECT: _ClassVar[WorkerState]
+WORKER_ROLE_UNSPECIFIED: WorkerRole
+WORKER_ROLE_ATTENTION: WorkerRole
+WORKER_ROLE_EXPERT: WorkerRole
+WORKER_STATE_UNSPECIFIED: WorkerState
+WORKER_STATE_JOINING: WorkerState
+WORKER_STATE_READY: WorkerState
+WORKER_STATE_SUSPECT: WorkerState
+
+class AbortRequest(_message.Message):
+    __slots__ = ("request_ids",)
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ("aborted_ids",)
+    ABORTED_IDS_FIELD_NUMBER: _ClassVar[int]
+    aborted_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, aborted_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Worker(_message.Message):
+    __slots__ = ("role", "index", "address", "state", "incarnation", "device", "experts", "num_pages", "used_pages", "cached_pages")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    USED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    role: WorkerRole
+    index: int
+    address: str
+    state: WorkerState
+    incarnation: str
+    device: str
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    num_pages: int
+    used_pages: int
+    cached_pages: int
+    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ...) -> None: ...
+
+class ExpertPlacement(_message.Message):
+    __slots__ = ("expert", "workers", "rows")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    expert: int
+    workers: _containers.RepeatedScalarFieldContainer[int]
+    rows: int
+    def __init__(self, expert: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class LegLatency(_message.Message):
+    __slots__ = ("leg", "total_seconds", "count")
+    LEG_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    leg: str
+    total_seconds: float
+    count: int
+    def __init__(self, leg: _Optional[str] = ..., total_seconds: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("workers", "placement", "waiting", "running", "steps", "preemptions", "legs")
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LEGS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[Worker]
+    placement: _containers.RepeatedCompositeFieldContainer[ExpertPlacement]
+    waiting: int
+    running: int
+    steps: int
+    preemptions: int
+    legs: _containers.RepeatedCompositeFieldContainer[LegLatency]
+    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., placement: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., legs: _Optional[_Iterable[_Union[LegLatency, _Mapping]]] = ...) -> None: ...
