@@ -128,7 +128,7 @@ def errors_to_status(handler: Callable[..., Any]) -> Callable[..., Any]:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await args[-1].abort_with_status(to_status(_expected(error)))
+                await _abort(args[-1], error)
 
         return stream
 
@@ -139,9 +139,17 @@ def errors_to_status(handler: Callable[..., Any]) -> Callable[..., Any]:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await args[-1].abort_with_status(to_status(_expected(error)))
+            await _abort(args[-1], error)
 
     return once
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    """Ends a call with an error's status, keeping the trailing metadata that its handler has set."""
+    status = to_status(_expected(error))
+    await context.abort_with_status(
+        status._replace(trailing_metadata=(*context.trailing_metadata(), *status.trailing_metadata))
+    )
 
 
 class RoleServer:

@@ -12,7 +12,7 @@ from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
-from router.loading import build_engine, build_service, load_model
+from router.loading import build_engine, build_services, load_model
 from router.transport.grpc import GrpcAttentionLink
 
 DESCRIPTION = """\
@@ -41,7 +41,7 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
         await engine.start(lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
 
     try:
-        await run(server, [build_service(model, engine).as_service()], registry, before_ready=join)
+        await run(server, build_services(model, engine, settings), registry, before_ready=join)
     finally:
         await engine.close()
 

@@ -13,14 +13,15 @@ import torch
 from grokmoe.channel import TIMEOUTS
 from grokmoe.errors import ConfigError, FailedPrecondition, GrokmoeError, InternalError, Unavailable
 from grokmoe.model_config import ModelConfig
-from grokmoe.step_plan import LogitsScope, SequenceChunk, StepPlan, StepResult, TokenSampling
+from grokmoe.step_plan import StepPlan, StepResult
 from router.experts import ExpertsUnavailable
 from router.generation import Generation
 from router.legs import Legs
 from router.pages import PageLedger
+from router.plan_writer import read_extras, write_plan
 from router.scheduler import Scheduler
-from router.sequence import Sequence
-from router.step import Chunk, SchedulerSettings, Step
+from router.sequence import Request, Sequence
+from router.step import SchedulerSettings, Step
 from router.transport.base import AttentionInfo, AttentionLink, Hole
 from router.worker_state import WorkerState
 
@@ -37,13 +38,13 @@ class CellHooks:
     make_hole: Callable[[int, Legs], Hole]
     """(lane, legs) -> who fills the MoE of a step."""
     generation_of: Callable[[Sequence], Generation | None]
-    """The request of a sequence; None when the client has gone."""
+    """The generation a sequence belongs to; None when the client has gone."""
     step_done: Callable[[AttentionCell, Step, float, Legs], None]
     """(cell, step, seconds, legs): for metrics."""
     rehome: Callable[[AttentionCell, list[Sequence]], None]
     """Finds another cell, or this one again, for the sequences of a worker that was lost."""
-    ended: Callable[[Generation], None]
-    """A generation has ended, well or not."""
+    ended: Callable[[Sequence], None]
+    """A sequence has ended, well or not."""
 
 
 class AttentionCell:
@@ -104,6 +105,10 @@ class AttentionCell:
         for task in self._tasks:
             task.add_done_callback(_lane_ended)
 
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequest when the request could never be served here."""
+        self.scheduler.check_fits(request)
+
     def add(self, sequence: Sequence) -> None:
         """Takes a sequence. Raises InvalidRequest when it could never be served here."""
         self.scheduler.add(sequence)
@@ -144,7 +149,7 @@ class AttentionCell:
             generation = self._hooks.generation_of(chunk.sequence)
             if generation is not None:
                 generation.note_scheduled()
-        plan = StepPlan(info.incarnation, tuple(_to_wire(chunk) for chunk in step.chunks))
+        plan = write_plan(step, info.incarnation)
         begin = time.perf_counter()
         try:
             result = await self.link.step(lane, plan, self._hooks.make_hole(lane, legs), legs)
@@ -160,24 +165,28 @@ class AttentionCell:
             logger.exception("step failed")
             self._fail_requests(scheduler, step, InternalError(f"a step failed: {type(error).__name__}: {error}"))
         else:
-            self._deliver(scheduler, step, result)
+            self._deliver(scheduler, step, plan, result)
             self._hooks.step_done(self, step, time.perf_counter() - begin, legs)
 
-    def _deliver(self, scheduler: Scheduler, step: Step, result: StepResult) -> None:
-        if result.logits is not None:
-            row = 0
-            for chunk in step.chunks:
-                if chunk.sequence.request.logits:
-                    generation = self._hooks.generation_of(chunk.sequence)
-                    if generation is not None:
-                        generation.put_logits(chunk.start, result.logits[row : row + len(chunk.token_ids)])
-                    row += len(chunk.token_ids)
-        for sequence, token_id, reason in scheduler.complete(step, result.token_ids):
+    def _deliver(self, scheduler: Scheduler, step: Step, plan: StepPlan, result: StepResult) -> None:
+        logprobs = {}
+        for extra in read_extras(step, plan, result):
+            sequence = extra.chunk.sequence
             generation = self._hooks.generation_of(sequence)
+            if generation is None:
+                continue
+            if extra.logits is not None:
+                generation.put_logits(extra.chunk.start, extra.logits)
+            if extra.prompt_logprobs is not None:
+                generation.put_prompt_logprobs(extra.chunk.start, extra.prompt_logprobs)
+            if extra.logprobs is not None:
+                logprobs[sequence] = extra.logprobs
+        for drawn in scheduler.complete(step, result.token_ids):
+            generation = self._hooks.generation_of(drawn.sequence)
             if generation is not None:
-                generation.put(token_id, reason)
-                if reason is not None:
-                    self._hooks.ended(generation)
+                generation.put(drawn, logprobs.get(drawn.sequence))
+                if drawn.finish_reason is not None:
+                    self._hooks.ended(drawn.sequence)
 
     def _fail_requests(self, scheduler: Scheduler, step: Step, error: GrokmoeError) -> None:
         """Ends the requests of a step that cannot be done; all others go on."""
@@ -188,7 +197,7 @@ class AttentionCell:
             generation = self._hooks.generation_of(chunk.sequence)
             if generation is not None:
                 generation.fail(error)
-                self._hooks.ended(generation)
+                self._hooks.ended(chunk.sequence)
 
     def _lose(self, info: AttentionInfo, error: GrokmoeError) -> None:
         """The worker is gone, or is another incarnation: its pages are. Only the first lane to notice acts."""
@@ -217,13 +226,3 @@ class AttentionCell:
 def _lane_ended(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.critical("%s has died of a bug, its requests hang", task.get_name(), exc_info=error)
-
-
-def _to_wire(chunk: Chunk) -> SequenceChunk:
-    request = chunk.sequence.request
-    sampling = None
-    if chunk.wants_token:
-        how = request.sampling
-        sampling = TokenSampling(how.temperature, how.top_k, how.top_p, how.seed)
-    scope = LogitsScope.ALL if request.logits else LogitsScope.NONE
-    return SequenceChunk(chunk.token_ids, chunk.start, chunk.page_ids, sampling, scope)

@@ -28,6 +28,9 @@ class RouterSettings:
         "empty: every worker that holds it",
         metavar="FILE",
     )
+    refuse_control_symbols: bool = setting(
+        False, "refuse text that spells a control symbol of the vocabulary, unless the request allows it"
+    )
     threads: int = setting(1, "threads of one operation: gating and combining are small")
     lanes: int = setting(1, "steps in flight per attention worker")
     min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")

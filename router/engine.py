@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from grokmoe.errors import ConfigError, GrokmoeError, ResourceExhausted, Unavailable
+from grokmoe.errors import AlreadyExists, ConfigError, GrokmoeError, Reason, ResourceExhausted, Unavailable
 from grokmoe.model_config import ModelConfig
 from grokmoe.telemetry import RouterMetrics
 from router.cell import AttentionCell, CellHooks
@@ -93,6 +93,7 @@ class Engine:
         ]
         self._generations: dict[Sequence_, Generation] = {}
         self._cell_of: dict[Sequence_, AttentionCell] = {}
+        self._by_id: dict[str, Generation] = {}
         self._arrivals = itertools.count()
         self.report = StepReport(metrics, self.cells, counter)
         metrics.running.set_function(lambda: self.num_running)
@@ -149,29 +150,56 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Takes a request in. `Generation.take` gives its tokens; `cancel` must be called if it is left early.
 
-        Raises InvalidRequest when it could never be served, ResourceExhausted when too many wait.
+        Raises InvalidRequest when it could never be served, AlreadyExists when one of its id is alive,
+        ResourceExhausted when too many wait.
         """
-        if self.num_waiting >= self.settings.max_waiting:
-            raise ResourceExhausted(f"{self.num_waiting} requests wait already, limit is {self.settings.max_waiting}")
-        sequence = Sequence_(request, next(self._arrivals))
-        generation = Generation(sequence)
+        if request.request_id in self._by_id:
+            raise AlreadyExists(f"request_id: {request.request_id} is the id of a request that is alive")
+        if self.num_waiting + request.n > self.settings.max_waiting:
+            raise ResourceExhausted(
+                f"{self.num_waiting} sequences wait already, limit is {self.settings.max_waiting}",
+                reason=Reason.QUEUE_FULL,
+            )
+        sequences = [Sequence_(request, next(self._arrivals), index) for index in range(request.n)]
         cell = self._least_loaded()
-        cell.add(sequence)
-        self._generations[sequence], self._cell_of[sequence] = generation, cell
+        cell.check(request)
+        generation = Generation(request, sequences)
+        self._by_id[request.request_id] = generation
+        for sequence in sequences:
+            cell.add(sequence)
+            self._generations[sequence], self._cell_of[sequence] = generation, cell
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))
         return generation
 
     def cancel(self, generation: Generation) -> None:
         """Ends a request that nobody waits for any more. Harmless when it has ended."""
-        cell = self._cell_of.get(generation.sequence)
-        if cell is not None:
-            cell.cancel(generation.sequence)
-            self._forget(generation)
+        for sequence in generation.sequences:
+            self.cancel_candidate(generation, sequence.index)
+
+    def cancel_candidate(self, generation: Generation, index: int) -> bool:
+        """Ends one candidate; False if it has ended already. Its client is not told."""
+        sequence = generation.sequences[index]
+        cell = self._cell_of.get(sequence)
+        if cell is None:
+            return False
+        cell.cancel(sequence)
+        self._forget(sequence)
+        return True
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request by its id; its client gets what there is, with FinishReason.ABORTED. False: none is alive."""
+        generation = self._by_id.get(request_id)
+        if generation is None:
+            return False
+        for sequence in generation.sequences:
+            if self.cancel_candidate(generation, sequence.index):
+                generation.abort(sequence)
+        return True
 
     async def close(self) -> None:
         """Ends lanes and links. Whoever still waits for tokens gets Unavailable."""
-        for generation in list(self._generations.values()):
-            generation.fail(Unavailable("the service is shutting down"))
+        for generation in list(self._by_id.values()):
+            generation.fail(Unavailable("the service is shutting down", reason=Reason.SHUTTING_DOWN))
             self.cancel(generation)
         for cell in self.cells:
             await cell.close()
@@ -193,13 +221,14 @@ class Engine:
         for cell in self.cells:
             cell.scheduler.check()
         assert self._generations.keys() == self._cell_of.keys(), "a request without a cell"
+        assert {id(each) for each in self._generations.values()} == {id(each) for each in self._by_id.values()}
         assert len(self._generations) == self.num_running + self.num_waiting, "orphan request"
 
     def _least_loaded(self) -> AttentionCell:
         ready = [cell for cell in self.cells if cell.state is WorkerState.READY]
         usable = ready or [cell for cell in self.cells if cell.info is not None]
         if not usable:
-            raise Unavailable("no attention worker has joined yet")
+            raise Unavailable("no attention worker has joined yet", reason=Reason.WORKER_UNAVAILABLE)
         return min(usable, key=lambda cell: cell.load)
 
     def _rehome(self, lost: AttentionCell, sequences: list[Sequence_]) -> None:
@@ -208,15 +237,17 @@ class Engine:
             try:
                 cell.add(sequence)
             except GrokmoeError as error:  # only a cell with fewer pages than the lost one can refuse
-                generation = self._generations[sequence]
-                generation.fail(error)
-                self._forget(generation)
+                self._generations[sequence].fail(error)
+                self._forget(sequence)
             else:
                 self._cell_of[sequence] = cell
 
-    def _forget(self, generation: Generation) -> None:
-        self._generations.pop(generation.sequence, None)
-        self._cell_of.pop(generation.sequence, None)
+    def _forget(self, sequence: Sequence_) -> None:
+        self._cell_of.pop(sequence, None)
+        generation = self._generations.pop(sequence, None)
+        # The id is free once no candidate lives, also if the client has not taken the last tokens yet.
+        if generation and not any(other in self._generations for other in generation.sequences):
+            del self._by_id[generation.request.request_id]
 
 
 def _bind(pool: ExpertPool, index: int) -> Connect:

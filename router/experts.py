@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from grokmoe.channel import TIMEOUTS
-from grokmoe.errors import ConfigError, GrokmoeError, InternalError, Unavailable
+from grokmoe.errors import ConfigError, GrokmoeError, InternalError, Reason, Unavailable
 from grokmoe.model_config import ModelConfig
 from router.dispatch import Shard, reassign
 from router.legs import Legs
@@ -33,6 +33,8 @@ MAX_FAULTS = 2
 
 class ExpertsUnavailable(Unavailable):
     """An expert has no worker. Says nothing about the attention worker whose step met it."""
+
+    default_reason = Reason.WORKER_UNAVAILABLE
 
 
 @dataclasses.dataclass(frozen=True)

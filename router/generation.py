@@ -1,13 +1,27 @@
-"""One request on its way: the sequence, what it has produced, and the client that waits for it."""
+"""One request on its way: its candidates, what they have produced, and the client that waits for it."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
+from collections.abc import Sequence as Listed
 from typing import Any
 
 from grokmoe.errors import GrokmoeError
-from router.sequence import FinishReason, Sequence
+from grokmoe.step_plan import LogprobTable
+from router.sequence import FinishReason, Request, Sequence
+from router.step import Drawn
+
+
+@dataclasses.dataclass(slots=True)
+class Delivery:
+    """What one candidate produced since the last delivery. `logprobs`: a table per token, if asked for."""
+
+    index: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[LogprobTable] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
 
 class Generation:
@@ -17,41 +31,74 @@ class Generation:
     nothing but the list of its own tokens.
     """
 
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
+    def __init__(self, request: Request, sequences: Listed[Sequence]) -> None:
+        """sequences: one per candidate, in their order."""
+        self.request, self.sequences = request, tuple(sequences)
         self.arrived = time.monotonic()
         self.scheduled_at: float | None = None
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
+        self._num_live = len(self.sequences)
         self._logits_by_start: dict[int, Any] = {}
-        self._tokens: list[int] = []
-        self._finish_reason: FinishReason | None = None
+        self._prompt_logprobs_by_start: dict[int, LogprobTable] = {}
+        self._deliveries: dict[int, Delivery] = {}
         self._error: GrokmoeError | None = None
         self._news = asyncio.Event()
 
     def note_scheduled(self) -> None:
-        """The sequence takes part in a step."""
+        """A sequence takes part in a step."""
         if self.scheduled_at is None:
             self.scheduled_at = time.monotonic()
 
-    def put(self, token_id: int, finish_reason: FinishReason | None) -> None:
-        """A token was drawn."""
+    def note_ended(self) -> None:
+        """Nobody waits for more, also if the engine would have gone on."""
+        if self.ended_at is None:
+            self.ended_at = time.monotonic()
+
+    def put(self, drawn: Drawn, logprobs: LogprobTable | None = None) -> None:
+        """A step has ended for one candidate."""
         now = time.monotonic()
-        if self.first_token_at is None:
-            self.first_token_at = now
-        if finish_reason is not None:
-            self.ended_at = now
-            self._finish_reason = finish_reason
-        self._tokens.append(token_id)
+        delivery = self._deliveries.setdefault(drawn.sequence.index, Delivery(drawn.sequence.index))
+        if drawn.token_id is not None:
+            delivery.token_ids.append(drawn.token_id)
+            if self.first_token_at is None:
+                self.first_token_at = now
+        if logprobs is not None:
+            delivery.logprobs.append(logprobs)
+        if drawn.finish_reason is not None:
+            self._end(delivery, drawn.finish_reason)
         self._news.set()
 
+    def abort(self, sequence: Sequence) -> None:
+        """A candidate has been ended from outside; its client gets what there is."""
+        self._end(self._deliveries.setdefault(sequence.index, Delivery(sequence.index)), FinishReason.ABORTED)
+        self._news.set()
+
+    def _end(self, delivery: Delivery, reason: FinishReason) -> None:
+        delivery.finish_reason = reason
+        self._num_live -= 1
+        if self._num_live == 0:
+            self.note_ended()
+
     def put_logits(self, start: int, logits_RV: Any) -> None:
-        """Logits of positions start, start + 1, ... A recomputed chunk replaces what it computed before."""
+        """Logits of positions start, start + 1, ... A prompt that is recomputed begins anew."""
+        if start == 0:
+            self._logits_by_start.clear()
         self._logits_by_start[start] = logits_RV
 
     def logits(self) -> list[tuple[int, Any]]:
         """(first position, logits) of the chunks computed, for a request with `logits`."""
         return sorted(self._logits_by_start.items(), key=lambda item: item[0])
+
+    def put_prompt_logprobs(self, start: int, table: LogprobTable) -> None:
+        """Log-probabilities of the prompt's tokens start + 1, start + 2, ... A recomputation begins anew."""
+        if start == 0:
+            self._prompt_logprobs_by_start.clear()
+        self._prompt_logprobs_by_start[start] = table
+
+    def prompt_logprobs(self) -> list[LogprobTable]:
+        """Those of the prompt from its second token on, in order. Complete with the first delivery."""
+        return [table for _, table in sorted(self._prompt_logprobs_by_start.items())]
 
     def fail(self, error: GrokmoeError) -> None:
         """It cannot be finished. The client gets the tokens so far first."""
@@ -59,14 +106,14 @@ class Generation:
         self.ended_at = time.monotonic()
         self._news.set()
 
-    async def take(self) -> tuple[list[int], FinishReason | None]:
-        """The tokens since the last call, at least one, and why it ended if it has. Raises what `fail` was given."""
+    async def take(self) -> list[Delivery]:
+        """What came since the last call, at least one delivery. Raises what `fail` was given."""
         await self._news.wait()
         self._news.clear()
-        tokens, self._tokens = self._tokens, []
-        if not tokens:
+        deliveries, self._deliveries = list(self._deliveries.values()), {}
+        if not deliveries:
             assert self._error is not None, "woken without news"
             raise self._error
         if self._error is not None:
             self._news.set()
-        return tokens, self._finish_reason
+        return deliveries

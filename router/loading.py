@@ -13,9 +13,11 @@ from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
 from grokmoe.model_config import ModelConfig
+from grokmoe.server import Service
 from grokmoe.telemetry import RouterMetrics
 from grokmoe.tokenizer import Tokenizer
 from router.config import RouterSettings, read_placement
+from router.control import ControlService
 from router.engine import Engine
 from router.experts import ExpertPool
 from router.legs import Legs
@@ -42,10 +44,10 @@ def load_model(settings: RouterSettings) -> RouterModel:
     with Checkpoint.open(directory, settings.variant) as checkpoint:
         config = checkpoint.config
         gates = [checkpoint.read(names.gate(layer), torch.float32) for layer in range(config.num_layers)]
-    path = directory / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(path) if path.exists() else None
+    tokenizer = Tokenizer.from_directory(directory)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(f"{path}: has {tokenizer.vocab_size} ids, the model's vocabulary {config.vocab_size}")
+        limit = config.vocab_size
+        raise ConfigError(f"{directory}: its tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {limit}")
     name = settings.model_name or directory.resolve().name
     return RouterModel(config, getattr(torch, settings.dtype), Gates.from_weights(gates), tokenizer, name)
 
@@ -86,6 +88,13 @@ def build_engine(
     return Engine(config, model.dtype, attention_links, make_hole, pool, counter, engine_settings, metrics)
 
 
-def build_service(model: RouterModel, engine: Engine) -> GenerationService:
-    """The public service over an engine."""
-    return GenerationService(engine, model.tokenizer, model.name, str(model.dtype).removeprefix("torch."))
+def build_services(model: RouterModel, engine: Engine, settings: RouterSettings) -> list[Service]:
+    """What clients see of an engine: inference, control, and the ecosystem's service where its stubs are installed."""
+    generation = GenerationService(
+        engine,
+        model.tokenizer,
+        model.name,
+        str(model.dtype).removeprefix("torch."),
+        refuses_control_symbols=settings.refuse_control_symbols,
+    )
+    return [generation.as_service(), ControlService(engine).as_service()]

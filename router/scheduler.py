@@ -10,14 +10,18 @@ page; then the youngest sequence gives up its pages and is recomputed later. Not
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence as Listed
 
-from grokmoe.errors import InvalidRequest
+from grokmoe.errors import InvalidRequest, Reason
 from router.pages import PageLedger, extend_page_hashes
-from router.sequence import FinishReason, Sequence, SequenceQueue, SequenceState
-from router.step import Chunk, SchedulerSettings, Step
+from router.sequence import FinishReason, Request, Sequence, SequenceQueue, SequenceState
+from router.step import Chunk, Drawn, SchedulerSettings, Step
+
+ADMISSION_LOOKAHEAD = 16
+"""Waiting sequences looked at for one that need not wait for another's prefix."""
 
 
 class Scheduler:
@@ -35,6 +39,7 @@ class Scheduler:
         self._waiting = SequenceQueue()
         self._running = SequenceQueue()
         self._in_flight: dict[Step, None] = {}
+        self._promised: dict[bytes, Sequence] = {}  # hash of a page under way -> who computes it
         self.num_preemptions = 0
         self.prefix_queries_tokens = 0
         self.prefix_hits_tokens = 0
@@ -64,19 +69,25 @@ class Scheduler:
         """Whether a sequence of so many tokens (prompt + max_tokens) can be served here, alone if need be."""
         return min(num_tokens, self.settings.context_length) <= self.max_sequence_tokens
 
+    def check_fits(self, request: Request) -> None:
+        """Raises InvalidRequest when the request could never be served, were it alone."""
+        num_prompt, max_tokens = len(request.prompt_ids), request.max_tokens
+        if num_prompt >= self.settings.context_length:
+            limit = self.settings.context_length - 1
+            message = f"has {num_prompt} tokens, the context allows at most {limit}"
+            raise InvalidRequest("prompt", message, reason=Reason.PROMPT_TOO_LONG)
+        if not self.fits(num_prompt + max(1, max_tokens)):
+            limit = self.max_sequence_tokens
+            if num_prompt >= limit:
+                message = f"has {num_prompt} tokens, the KV pages hold at most {limit - 1}"
+                raise InvalidRequest("prompt", message, reason=Reason.PROMPT_TOO_LONG)
+            limit -= num_prompt
+            raise InvalidRequest("stopping.max_tokens", f"is {max_tokens}, the KV pages leave room for {limit}")
+
     def add(self, sequence: Sequence) -> None:
         """Takes a waiting sequence, new or from another worker. InvalidRequest if it could never be served."""
         assert sequence.state is SequenceState.WAITING, sequence
-        num_prompt, max_tokens = len(sequence.request.prompt_ids), sequence.request.max_tokens
-        if num_prompt >= self.settings.context_length:
-            limit = self.settings.context_length - 1
-            raise InvalidRequest("prompt", f"has {num_prompt} tokens, the context allows at most {limit}")
-        if not self.fits(num_prompt + max_tokens):
-            limit = self.max_sequence_tokens
-            if num_prompt >= limit:
-                raise InvalidRequest("prompt", f"has {num_prompt} tokens, the KV pages hold at most {limit - 1}")
-            limit -= num_prompt
-            raise InvalidRequest("stopping.max_tokens", f"is {max_tokens}, the KV pages leave room for {limit}")
+        self.check_fits(sequence.request)
         self._waiting.add(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -107,7 +118,7 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].token_ids)
         # Who was just preempted must not come back in the same step to take the pages it gave up.
-        while budget and self.num_preemptions == num_preemptions and (admitted := self._admit_oldest()):
+        while budget and self.num_preemptions == num_preemptions and (admitted := self._admit_next()):
             chunks.append(self._chunk(admitted, budget))
             budget -= len(chunks[-1].token_ids)
         if not chunks:
@@ -116,32 +127,34 @@ class Scheduler:
         self._in_flight[step] = None
         return step
 
-    def complete(self, step: Step, token_ids: Listed[int]) -> list[tuple[Sequence, int, FinishReason | None]]:
+    def complete(self, step: Step, token_ids: Listed[int]) -> list[Drawn]:
         """Takes in what a step computed: `token_ids` holds one token per chunk that wants one, in their order.
 
-        Returns each sequence that got a token, the token, and why it ended if it did. A step from before
-        `drain_all` is ignored.
+        Returns what each sequence got, in the order of the chunks. A step from before `drain_all` is ignored.
         """
         if not self._take_back(step):
             return []
         assert len(token_ids) == sum(chunk.wants_token for chunk in step.chunks), "tokens and chunks differ"
-        drawn = iter(token_ids)
-        results: list[tuple[Sequence, int, FinishReason | None]] = []
+        tokens = iter(token_ids)
+        results: list[Drawn] = []
         for chunk in step.chunks:
             sequence = chunk.sequence
             sequence.num_computed = chunk.end
             self._publish(chunk)
-            token_id = next(drawn) if chunk.wants_token else None
+            token_id = next(tokens) if chunk.wants_token else None
             if sequence.is_over:
                 self._release(sequence)
-            elif token_id is not None:
+                continue
+            if token_id is not None:
                 sequence.append(token_id)
-                reason = self._finish_reason(sequence, token_id)
-                if reason:
-                    sequence.finish(reason)
-                    self._running.remove(sequence)
-                    self._release(sequence)
-                results.append((sequence, token_id, reason))
+            elif sequence.num_to_compute:
+                continue
+            reason = self._finish_reason(sequence)
+            if reason:
+                sequence.finish(reason)
+                self._running.remove(sequence)
+                self._release(sequence)
+            results.append(Drawn(sequence, token_id, reason))
         return results
 
     def fail(self, step: Step) -> bool:
@@ -165,6 +178,7 @@ class Scheduler:
 
         Steps in flight and all pages are forgotten.
         """
+        self._promised.clear()
         for step in list(self._in_flight):
             self._take_back(step)
             for chunk in step.chunks:
@@ -199,6 +213,8 @@ class Scheduler:
             assert num_pages - 1 <= len(sequence.page_ids) <= num_pages, sequence
         for sequence in self._running:
             assert sequence.state is SequenceState.RUNNING, sequence
+        for sequence in self._promised.values():
+            assert sequence in holders, f"a page is promised by who will not compute it: {sequence}"
         for sequence in self._waiting:
             assert sequence.state is SequenceState.WAITING, sequence
             assert not any((sequence.page_ids, sequence.num_computed, sequence.in_flight)), sequence
@@ -226,7 +242,7 @@ class Scheduler:
             start,
             token_ids=tuple(sequence.all_ids[start:end]),
             page_ids=sequence.page_ids[: self.ledger.pages_for(end)],
-            wants_token=end == sequence.num_tokens,
+            wants_token=end == sequence.num_tokens and sequence.request.max_tokens > 0,
         )
 
     def _extend(self, sequence: Sequence) -> bool:
@@ -247,31 +263,52 @@ class Scheduler:
         sequence.page_ids += tuple(page_ids)
         return True
 
-    def _admit_oldest(self) -> Sequence | None:
+    def _admit_next(self) -> Sequence | None:
         """Admits the oldest waiting sequence if there is room. Nobody overtakes it if there is none."""
-        if not self._waiting or len(self._running) >= self.settings.max_running:
+        if len(self._running) >= self.settings.max_running:
             return None
-        sequence, ledger = self._waiting.oldest, self.ledger
-        shared: list[int] = []
-        if not sequence.request.logits:
-            # One token at least is left to compute: its logits give the next.
-            num_full = (sequence.num_tokens - 1) // ledger.page_size
-            extend_page_hashes(sequence.page_hashes, sequence.all_ids, ledger.page_size, num_full)
-            shared = ledger.match(sequence.page_hashes[:num_full])
+        for sequence in itertools.islice(self._waiting, ADMISSION_LOOKAHEAD):
+            shared = self._match_prefix(sequence)
+            # Who waits for pages that are being computed now gets them for nothing, a step or two later.
+            if not self._is_promised(sequence, len(shared)):
+                return sequence if self._admit(sequence, shared) else None
+        return None
+
+    def _match_prefix(self, sequence: Sequence) -> list[int]:
+        """Pages that hold the sequence's beginning already."""
+        if sequence.computes_all:
+            return []
+        # One token at least is left to compute: its logits give the next.
+        num_full = (sequence.num_tokens - 1) // self.ledger.page_size
+        extend_page_hashes(sequence.page_hashes, sequence.all_ids, self.ledger.page_size, num_full)
+        return self.ledger.match(sequence.page_hashes[:num_full])
+
+    def _is_promised(self, sequence: Sequence, index: int) -> bool:
+        """Whether a running sequence is about to compute the `index`-th page of this one."""
+        num_full = (sequence.num_tokens - 1) // self.ledger.page_size
+        return not sequence.computes_all and index < num_full and sequence.page_hashes[index] in self._promised
+
+    def _admit(self, sequence: Sequence, shared: list[int]) -> bool:
+        """Gives pages to a waiting sequence, the first of them shared. False: there are not enough."""
+        ledger = self.ledger
         num_new = ledger.pages_for(sequence.num_tokens) - len(shared)
         reserve = math.ceil(self.settings.admission_watermark * ledger.num_pages) if self._running else 0
         if ledger.num_available_beside(shared) < num_new + reserve:
-            return None
+            return False
         ledger.acquire(shared)
         new = ledger.allocate(num_new)
         assert new is not None
         self._waiting.remove(sequence)
         self._running.add(sequence)
         sequence.admit((*shared, *new), len(shared) * ledger.page_size)
-        if sequence.num_admissions == 1 and not sequence.request.logits:
+        num_full = sequence.num_tokens // ledger.page_size
+        extend_page_hashes(sequence.page_hashes, sequence.all_ids, ledger.page_size, num_full)
+        for page_hash in sequence.page_hashes[len(shared) : num_full]:
+            self._promised.setdefault(page_hash, sequence)
+        if sequence.num_admissions == 1 and not sequence.computes_all:
             self.prefix_queries_tokens += sequence.num_tokens
             self.prefix_hits_tokens += sequence.num_cached_tokens
-        return sequence
+        return True
 
     def _publish(self, chunk: Chunk) -> None:
         """Makes the pages known that this chunk filled."""
@@ -280,14 +317,13 @@ class Scheduler:
         extend_page_hashes(sequence.page_hashes, sequence.all_ids, page_size, num_full)
         for index in range(chunk.start // page_size, num_full):
             self.ledger.publish(sequence.page_ids[index], sequence.page_hashes[index])
+            self._promised.pop(sequence.page_hashes[index], None)
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """Why the sequence ends with this token, its last; None if it goes on."""
-        if token_id in sequence.request.stop_ids:
-            return FinishReason.STOP
-        if sequence.num_outputs == sequence.request.max_tokens or sequence.num_tokens == self.settings.context_length:
-            return FinishReason.LENGTH
-        return None
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Why the sequence ends with its last token; None if it goes on."""
+        reason = sequence.end_reason
+        is_full = sequence.num_tokens >= self.settings.context_length
+        return FinishReason.LENGTH if reason is None and is_full else reason
 
     def _take_back(self, step: Step) -> bool:
         """Ends a step's flight. False if it is none of ours."""
@@ -306,4 +342,7 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        for page_hash in sequence.page_hashes:
+            if self._promised.get(page_hash) is sequence:
+                del self._promised[page_hash]
         self.ledger.release(sequence.drop_pages())

@@ -1,11 +1,12 @@
-"""One request's life: what was asked, what was drawn so far, and where its keys and values lie.
+"""One candidate's life: what was asked, what was drawn so far, and where its keys and values lie.
 
     WAITING --admit--> RUNNING --finish--> FINISHED
        ^                  |
        +-----requeue------+        cancel: from WAITING or RUNNING to CANCELLED
 
-Knows nothing of other sequences: the scheduler decides, a sequence keeps its own books. Positions count from 0;
-"computed" means that a position's keys and values are in the pages.
+A request with `n` candidates has a sequence for each. Knows nothing of other sequences: the scheduler decides, a
+sequence keeps its own books. Positions count from 0; "computed" means that a position's keys and values are in the
+pages.
 """
 
 from __future__ import annotations
@@ -14,31 +15,82 @@ import bisect
 import dataclasses
 import enum
 from collections.abc import Iterator
+from typing import Protocol
+
+from grokmoe.errors import GrokmoeError, InternalError
+
+_SEED_STEP = 0x9E3779B97F4A7C15
+_SEED_MASK = (1 << 64) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
+    """How tokens are drawn; the defaults change nothing. Temperature 0 is greedy. Meanings: generation.proto."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens that are there already matter."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    def seed_of(self, index: int) -> int:
+        """The seed of one candidate; the first has the request's."""
+        return (self.seed + index * _SEED_STEP) & _SEED_MASK
+
+
+class Constraint(Protocol):
+    """What a structured output allows next; router/structured.py."""
+
+    def allowed(self) -> bytes:
+        """The mask of the next token, as TokenSampling.allowed. Raises InvalidRequest when there can be none."""
+
+    def accept(self, token_id: int) -> bool:
+        """Takes the token drawn. False: it was not allowed. Raises InvalidRequest when the grammar costs too much."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+
+
+class Grammar(Protocol):
+    """A compiled structured output."""
+
+    def start(self) -> Constraint:
+        """The state before the first token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """What a client asked for, validated.
 
-    `stop_ids`: ids that end generation when drawn. `logits`: the logits of every position are wanted, so every
-    position has to be computed and the prefix cache is not read.
+    n: candidates.
+    max_tokens: 0 computes the prompt and draws nothing.
+    stop_ids: ids that end generation when drawn, but not before `min_tokens`.
+    logprobs, prompt_logprobs: log-probabilities of so many most likely tokens wanted, of those drawn and of the
+        prompt's; None: none, -1: of the whole vocabulary.
+    grammar: what form the output must have.
+    logits: the logits of every position are wanted.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingSettings = SamplingSettings()
+    n: int = 1
     max_tokens: int = 128
+    min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
     logits: bool = False
 
 
@@ -47,6 +99,9 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    ABORTED = "aborted"
+    ERROR = "error"
+    """Its structured output cannot go on; `Sequence.error` says why."""
 
 
 class SequenceState(enum.StrEnum):
@@ -59,13 +114,16 @@ class SequenceState(enum.StrEnum):
 
 
 class Sequence:
-    """The mutable state of one request.
+    """The mutable state of one candidate of a request, the `index`-th.
 
     `arrival` is its place in the order of arrival, unique in the service: the lower, the older. It is kept for
     life, also when the sequence moves to another worker, and decides who goes first and who is preempted.
 
     Attributes:
         all_ids: prompt and output, growing in place; read it, never change it.
+        constraint: what the structured output allows next; None: anything. Its mask is made when a token is taken, so
+            that it cannot fail later, in the middle of a step's plan.
+        error: why the structured output cannot go on.
         page_ids: pages of positions 0, 1, ..., `page_size` positions each. A tuple, so that a plan can hold it
             without a copy; it is replaced when a page is added.
         page_hashes: chained hashes of the first full pages, as far as anyone needed them. Tokens never change, so
@@ -80,8 +138,11 @@ class Sequence:
     __slots__ = (
         "all_ids",
         "arrival",
+        "constraint",
+        "error",
         "finish_reason",
         "in_flight",
+        "index",
         "num_admissions",
         "num_cached_tokens",
         "num_computed",
@@ -92,11 +153,17 @@ class Sequence:
         "state",
     )
 
-    def __init__(self, request: Request, arrival: int) -> None:
+    def __init__(self, request: Request, arrival: int, index: int = 0) -> None:
+        """Raises InvalidRequest when the structured output cannot even begin."""
         assert request.prompt_ids, "a prompt has at least one token"
-        assert request.max_tokens >= 1, request.max_tokens
+        assert request.max_tokens >= 0, request.max_tokens
         self.request = request
         self.arrival = arrival
+        self.index = index
+        self.constraint = request.grammar.start() if request.grammar else None
+        self.error: GrokmoeError | None = None
+        if self.constraint is not None:
+            self.constraint.allowed()
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
         self.all_ids: list[int] = list(request.prompt_ids)
@@ -110,8 +177,8 @@ class Sequence:
 
     def __repr__(self) -> str:
         return (
-            f"Sequence({self.request.request_id!r}, {self.state}, {len(self.request.prompt_ids)}+{self.num_outputs}"
-            f" tokens, {self.num_computed} computed, pages {self.page_ids})"
+            f"Sequence({self.request.request_id!r}[{self.index}], {self.state}, {len(self.request.prompt_ids)}+"
+            f"{self.num_outputs} tokens, {self.num_computed} computed, pages {self.page_ids})"
         )
 
     @property
@@ -134,6 +201,28 @@ class Sequence:
         """Positions to compute before the next token is drawn: 1 in decode, more in prefill (and recompute)."""
         return len(self.all_ids) - self.num_computed
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are still wanted; one candidate gives them for all."""
+        return self.request.prompt_logprobs is not None and self.index == 0 and self.num_outputs == 0
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether every position has to be computed, so that the prefix cache is of no use."""
+        return self.request.logits or self.scores_prompt
+
+    @property
+    def end_reason(self) -> FinishReason | None:
+        """Why the sequence ends with its last token; None if it goes on. The context's end is not known here."""
+        request, num_outputs = self.request, self.num_outputs
+        if self.error is not None:
+            return FinishReason.ERROR
+        if num_outputs and num_outputs >= request.min_tokens and self.all_ids[-1] in request.stop_ids:
+            return FinishReason.STOP
+        if self.constraint is not None and self.constraint.is_complete:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_outputs >= request.max_tokens else None
+
     def admit(self, page_ids: tuple[int, ...], num_cached_tokens: int) -> None:
         """WAITING -> RUNNING with pages for all tokens so far, the first of them shared and computed already."""
         assert self.state is SequenceState.WAITING, self
@@ -149,6 +238,8 @@ class Sequence:
         assert self.state is SequenceState.RUNNING, self
         assert self.num_to_compute == 0, self
         self.all_ids.append(token_id)
+        if self.constraint is not None:
+            self.error = _advance(self.constraint, token_id)
 
     def finish(self, reason: FinishReason) -> None:
         """RUNNING -> FINISHED."""
@@ -177,6 +268,18 @@ class Sequence:
     def is_over(self) -> bool:
         """Finished or cancelled."""
         return self.state in (SequenceState.FINISHED, SequenceState.CANCELLED)
+
+
+def _advance(constraint: Constraint, token_id: int) -> GrokmoeError | None:
+    """Takes a token and makes the mask of the next. Returns what is wrong, if anything is."""
+    try:
+        if not constraint.accept(token_id):
+            return InternalError(f"token {token_id} was drawn, which the structured output does not allow")
+        if not constraint.is_complete:
+            constraint.allowed()
+    except GrokmoeError as error:
+        return error
+    return None
 
 
 def _arrival_of(sequence: Sequence) -> int:

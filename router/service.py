@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import AsyncGenerator, AsyncIterator
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
-from grokmoe.errors import GrokmoeError
+from grokmoe.errors import Code, GrokmoeError
 from grokmoe.server import Service, server_stream, unary
-from grokmoe.tokenizer import IncrementalDecoder, Tokenizer
+from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
 from router import status
+from router.answer import Answer, collect, timing, trailing_metadata
 from router.engine import Engine
 from router.generation import Generation
-from router.sequence import FinishReason
-from router.validation import to_request
+from router.logprobs import prompt_to_messages
+from router.structured import GrammarCompiler
+from router.validation import Accepted, PromptReader, RequestReader
 
 SERVICE = "grokmoe.v1.Generation"
 
-_FINISH = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
+
+def _label(reason: pb.FinishReason) -> str:
+    return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
+
+
+@dataclasses.dataclass
+class _Outcome:
+    """How a request ended: a finish reason or the name of a gRPC code."""
+
+    label: str = Code.CANCELLED.name
 
 
 class GenerationService:
     """Translates between messages and the engine."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, model_name: str, dtype: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        model_name: str,
+        dtype: str,
+        refuses_control_symbols: bool = False,
+    ) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._model_name, self._dtype = model_name, dtype
+        config = engine.config
+        compiler = None
+        if tokenizer is not None:
+            compiler = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
+        self._prompts = PromptReader(config, tokenizer, refuses_control_symbols)
+        self._requests = RequestReader(config, self._prompts, compiler)
 
     def as_service(self) -> Service:
         """What a server registers."""
@@ -41,102 +62,116 @@ class GenerationService:
                 "StreamGenerate": server_stream(
                     self.StreamGenerate, pb.StreamGenerateRequest, pb.StreamGenerateResponse
                 ),
+                "Score": unary(self.Score, pb.ScoreRequest, pb.ScoreResponse),
+                "Tokenize": unary(self.Tokenize, pb.TokenizeRequest, pb.TokenizeResponse),
+                "Detokenize": unary(self.Detokenize, pb.DetokenizeRequest, pb.DetokenizeResponse),
                 "GetModel": unary(self.GetModel, pb.GetModelRequest, pb.GetModelResponse),
-                "GetStatus": unary(self.GetStatus, pb.GetStatusRequest, pb.GetStatusResponse),
             },
         )
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Collects the stream."""
-        answer = pb.GenerateResponse()
-        text = []
-        async with contextlib.aclosing(self._generate(request)) as parts:
-            async for part in parts:
-                text.append(part.text_delta)
-                answer.token_ids.extend(part.token_ids)
-                last = part
-        answer.request_id, answer.text, answer.finish_reason = last.request_id, "".join(text), last.finish_reason
-        answer.usage.CopyFrom(last.usage)
-        answer.timing.CopyFrom(last.timing)
+        async with contextlib.aclosing(self.stream(request)) as parts:
+            answer = collect([part async for part in parts], request.sampling.n or 1)
+        context.set_trailing_metadata(trailing_metadata(answer.request_id, answer.timing))
         return answer
 
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        """One message per delivery: all tokens that arrived since the last one."""
-        async with contextlib.aclosing(self._generate(request.generate)) as parts:
+        """One message per candidate and delivery: all its tokens that arrived since the last one."""
+        async with contextlib.aclosing(self.stream(request.generate)) as parts:
             async for part in parts:
+                if part.HasField("timing"):
+                    context.set_trailing_metadata(trailing_metadata(part.request_id, part.timing))
                 yield part
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        """A prompt's log-probabilities; the prompt is computed and nothing drawn."""
+        with self._counted() as outcome:
+            accepted = Accepted(await self._requests.score(request), None)
+            with self._submitted(accepted) as generation:
+                await generation.take()
+                outcome.label = "scored"
+                ids = accepted.request.prompt_ids
+                rows = prompt_to_messages(ids[0], generation.prompt_logprobs())
+                answer = pb.ScoreResponse(
+                    request_id=accepted.request.request_id,
+                    logprobs=rows,
+                    total_logprob=sum(row.logprob for row in rows),
+                    usage=pb.Usage(prompt_tokens=len(ids)),
+                    timing=timing(generation),
+                )
+        context.set_trailing_metadata(trailing_metadata(answer.request_id, answer.timing))
+        return answer
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        """Text to ids."""
+        tokenizer = self._prompts.need_tokenizer("text")
+        ids = await self._prompts.tokenize("text", request.text, "options", request.options)
+        return pb.TokenizeResponse(token_ids=ids, pieces=tokenizer.pieces(ids))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        """Ids to text."""
+        tokenizer = self._prompts.need_tokenizer("token_ids")
+        self._prompts.check_ids("token_ids", request.token_ids)
+        skip_special = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        return pb.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special=skip_special))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         """What is served."""
         return status.model(self._engine.config, self._model_name, self._dtype, self._tokenizer is not None)
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
-        """The router's view of the cluster."""
-        return status.cluster(self._engine)
+    async def stream(self, proto: pb.GenerateRequest) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
+        """The messages of one request. Closing it, also when the client has gone, frees what the request holds."""
+        with self._counted() as outcome:
+            accepted = await self._requests.generate(proto)
+            with self._submitted(accepted) as generation:
+                answer = Answer(generation, self._tokenizer, accepted.text)
+                while not answer.is_over:
+                    for delivery in await generation.take():
+                        part = answer.add(delivery)
+                        if part is None:
+                            continue
+                        if part.finish_reason:
+                            outcome.label = _label(part.finish_reason)
+                            # After a stop string the engine does not know yet that the candidate is over.
+                            self._engine.cancel_candidate(generation, part.index)
+                        self._engine.metrics.generated_tokens.inc(len(part.token_ids))
+                        yield part
 
-    async def _generate(self, proto: pb.GenerateRequest) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
-        metrics = self._engine.metrics
-        outcome = "CANCELLED"
-        generation = None
+    @contextlib.contextmanager
+    def _submitted(self, accepted: Accepted) -> Iterator[Generation]:
+        """The request in the engine; out of it at the end, so that a cancelled call does not cost another step."""
+        generation = self._engine.submit(accepted.request)
         try:
-            request = to_request(proto, self._engine.config, self._tokenizer)
-            generation = self._engine.submit(request)
-            decoder = IncrementalDecoder(self._tokenizer) if self._tokenizer else None
-            finish_reason = None
-            while finish_reason is None:
-                token_ids, finish_reason = await generation.take()
-                part = pb.StreamGenerateResponse(request_id=request.request_id, token_ids=token_ids)
-                if decoder is not None:
-                    part.text_delta = decoder.push(_visible(token_ids, finish_reason))
-                    if finish_reason is not None:
-                        part.text_delta += decoder.finish()
-                self._account(part, generation, finish_reason)
-                metrics.generated_tokens.inc(len(token_ids))
-                yield part
-            outcome = finish_reason.value
+            yield generation
+        finally:
+            self._engine.cancel(generation)
+            self._observe(generation)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[_Outcome]:
+        """Counts the request by how it ended: what the block said last, or its error."""
+        outcome = _Outcome()
+        try:
+            yield outcome
         except GrokmoeError as error:
-            outcome = error.code.name
+            outcome.label = error.code.name
             raise
         except Exception:
-            outcome = "INTERNAL"
+            outcome.label = Code.INTERNAL.name
             raise
         finally:
-            # Also when the client has gone: a cancelled call must not cost another step.
-            if generation is not None:
-                self._engine.cancel(generation)
-                _observe(metrics, generation)
-            metrics.requests.labels(outcome).inc()
+            self._engine.metrics.requests.labels(outcome.label).inc()
 
-    def _account(
-        self, part: pb.StreamGenerateResponse, generation: Generation, finish_reason: FinishReason | None
-    ) -> None:
-        sequence = generation.sequence
-        part.usage.prompt_tokens = len(sequence.request.prompt_ids)
-        part.usage.cached_tokens = sequence.num_cached_tokens
-        part.usage.completion_tokens = sequence.num_outputs
-        if finish_reason is None:
+    def _observe(self, generation: Generation) -> None:
+        metrics, arrived = self._engine.metrics, generation.arrived
+        if generation.scheduled_at is not None:
+            metrics.queue_time.observe(generation.scheduled_at - arrived)
+        if generation.first_token_at is None:
             return
-        part.finish_reason = _FINISH[finish_reason]
-        arrived, ended = generation.arrived, generation.ended_at or time.monotonic()
-        part.timing.queue_seconds = (generation.scheduled_at or ended) - arrived
-        part.timing.first_token_seconds = (generation.first_token_at or ended) - arrived
-        part.timing.total_seconds = ended - arrived
-
-
-def _visible(token_ids: list[int], finish_reason: FinishReason | None) -> list[int]:
-    """The ids that become text: all but the one that ended generation."""
-    return token_ids[:-1] if finish_reason is FinishReason.STOP else token_ids
-
-
-def _observe(metrics: Any, generation: Generation) -> None:
-    arrived = generation.arrived
-    if generation.scheduled_at is not None:
-        metrics.queue_time.observe(generation.scheduled_at - arrived)
-    if generation.first_token_at is None:
-        return
-    metrics.time_to_first_token.observe(generation.first_token_at - arrived)
-    num_later = generation.sequence.num_outputs - 1
-    if generation.ended_at is not None and num_later > 0:
-        metrics.time_per_output_token.observe((generation.ended_at - generation.first_token_at) / num_later)
+        metrics.time_to_first_token.observe(generation.first_token_at - arrived)
+        num_later = max(sequence.num_outputs for sequence in generation.sequences) - 1
+        if generation.ended_at is not None and num_later > 0:
+            metrics.time_per_output_token.observe((generation.ended_at - generation.first_token_at) / num_later)

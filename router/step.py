@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from grokmoe.errors import ConfigError
-from router.sequence import Sequence
+from router.sequence import FinishReason, Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,3 +73,12 @@ class Step:
     def num_decodes(self) -> int:
         """Chunks of one token that draw the next."""
         return sum(chunk.wants_token and len(chunk.token_ids) == 1 for chunk in self.chunks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drawn:
+    """What one sequence got from a step: a token (None: it wanted none and is over), and why it ended if it did."""
+
+    sequence: Sequence
+    token_id: int | None
+    finish_reason: FinishReason | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ from router.placement import spread
 from router.sequence import Request
 from router.transport.grpc import GrpcAttentionLink, GrpcExpertLink
 from router.transport.local import LocalAttentionLink
+
+
+_NUMBERS = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +196,7 @@ def request(prompt: Sequence[int], num_tokens: int, logits: bool = False) -> Req
     from router.sequence import SamplingSettings
 
     return Request(
-        request_id="test",
+        request_id=f"test-{next(_NUMBERS)}",
         prompt_ids=tuple(prompt),
         sampling=SamplingSettings(temperature=0),
         max_tokens=num_tokens,
@@ -207,8 +211,9 @@ async def run(engine: Engine, what: Request) -> tuple[list[int], torch.Tensor | 
     reason = None
     try:
         while reason is None:
-            new, reason = await generation.take()
-            tokens += new
+            (delivery,) = await generation.take()
+            tokens += delivery.token_ids
+            reason = delivery.finish_reason
     finally:
         engine.cancel(generation)
     parts = generation.logits()

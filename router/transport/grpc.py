@@ -18,7 +18,7 @@ import torch
 from grokmoe import tensors
 from grokmoe.channel import RECONNECT_OPTIONS, TIMEOUTS, open_channel
 from grokmoe.errors import FailedPrecondition, GrokmoeError, InternalError, InvalidRequest, Unavailable
-from grokmoe.plan_codec import plan_to_proto
+from grokmoe.plan_codec import plan_to_proto, result_from_proto
 from grokmoe.status import from_failure, from_rpc_error
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.v1 import attention_pb2, expert_pb2
@@ -150,7 +150,7 @@ class GrpcAttentionLink:
             if header.HasField("failure"):
                 raise from_failure(header.failure)
             if header.HasField("result"):
-                return StepResult(tuple(header.result.token_ids), payload)
+                return result_from_proto(header.result, payload)
             if payload is None:
                 raise InternalError("the attention worker sent neither a MoE input nor a result")
             out_TD = await hole.fill(header.layer, payload)

@@ -76,8 +76,8 @@ class TestTokens:
                 assert await tokens_of(first) == golden_tokens("len70")
                 second = engine.submit(golden_request("len70"))
                 assert await tokens_of(second) == golden_tokens("len70")
-                assert first.sequence.num_cached_tokens == 0
-                assert second.sequence.num_cached_tokens == 64, "eight full pages, the rest is computed"
+                assert first.sequences[0].num_cached_tokens == 0
+                assert second.sequences[0].num_cached_tokens == 64, "eight full pages, the rest is computed"
 
         asyncio.run(main())
 
@@ -111,7 +111,7 @@ class TestAdmission:
         async def main() -> None:
             async with serving(attention_link(), max_waiting=2, max_running=1) as engine:
                 accepted = [engine.submit(golden_request(prompt)) for prompt in ("len1", "len2")]
-                with pytest.raises(ResourceExhausted, match="2 requests wait already, limit is 2") as caught:
+                with pytest.raises(ResourceExhausted, match="2 sequences wait already, limit is 2") as caught:
                     engine.submit(golden_request("len7"))
                 assert caught.value.retry_after > 0
                 for generation, prompt in zip(accepted, ("len1", "len2"), strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -47,10 +48,13 @@ def next_token(state: bytes) -> int:
 def generate(request: Request, context_length: int) -> list[int]:
     """What the model answers, computed without pages, batches or steps."""
     token_ids = list(request.prompt_ids)
+    if request.max_tokens == 0:
+        return []
     while True:
         token_ids.append(next_token(digests(token_ids)[-1]))
         output = token_ids[len(request.prompt_ids) :]
-        if output[-1] in request.stop_ids or len(output) == request.max_tokens or len(token_ids) == context_length:
+        is_stopped = output[-1] in request.stop_ids and len(output) >= request.min_tokens
+        if is_stopped or len(output) == request.max_tokens or len(token_ids) == context_length:
             return output
 
 
@@ -109,7 +113,7 @@ class Bench:
         self.in_flight: list[Step] = []
 
     def add(
-        self, prompt: str | list[int], max_tokens: int = 4, stop_ids: tuple[int, ...] = (), **options: bool
+        self, prompt: str | list[int], max_tokens: int = 4, stop_ids: tuple[int, ...] = (), **options: Any
     ) -> Sequence:
         """Adds a request; a prompt in letters is easier to read: "abca" is [0, 1, 2, 0]."""
         prompt_ids = tuple("abc".index(token) if isinstance(token, str) else token for token in prompt)
@@ -119,7 +123,7 @@ class Bench:
             prompt_ids=prompt_ids,
             max_tokens=max_tokens,
             stop_ids=frozenset(stop_ids),
-            logits=options.get("logits", False),
+            **options,
         )
         sequence = Sequence(request, arrival)
         self.scheduler.add(sequence)
@@ -136,9 +140,11 @@ class Bench:
 
     def end(self, step: Step) -> None:
         self.in_flight.remove(step)
-        for sequence, token_id, reason in self.scheduler.complete(step, self.worker.end(step)):
-            self.received[sequence].append(token_id)
-            assert sequence.finish_reason is reason
+        for drawn in self.scheduler.complete(step, self.worker.end(step)):
+            assert (drawn.token_id is None) == (drawn.sequence.request.max_tokens == 0)
+            if drawn.token_id is not None:
+                self.received[drawn.sequence].append(drawn.token_id)
+            assert drawn.sequence.finish_reason is drawn.finish_reason
 
     def fail(self, step: Step) -> None:
         self.in_flight.remove(step)
@@ -228,7 +234,7 @@ class TestBatching:
 
     def test_admission_is_first_come_first_served(self) -> None:
         bench = Bench(num_pages=4, max_running=2)
-        first, big, small = bench.add("abca", max_tokens=8), bench.add("abcabcabcabc"), bench.add("a")
+        first, big, small = bench.add("abca", max_tokens=8), bench.add("bcabcabcabca"), bench.add("a")
         assert bench.step() == [(first, 0, 4), (big, 0, 12)], "max_running"
         bench = Bench(num_pages=4)
         first, big, small = bench.add("abcab"), bench.add("bbbbbbbbbbbb"), bench.add("a")
@@ -312,6 +318,52 @@ class TestPrefixCache:
         second = bench.add("aaaabbbb", max_tokens=1)
         assert bench.step() == [(second, 4, 4)]
 
+    def test_who_arrives_together_computes_a_prefix_once(self) -> None:
+        bench = Bench(page_size=4)
+        first, second, other = bench.add("abcabcabca"), bench.add("abcabcabcb"), bench.add("ba")
+        assert bench.step() == [(first, 0, 10), (other, 0, 2)], "who waits for the prefix is overtaken"
+        assert bench.step() == [(first, 10, 1), (other, 2, 1), (second, 8, 2)]
+        assert second.num_cached_tokens == 8
+        bench.run()
+        bench.check_answers()
+
+    def test_a_promise_ends_with_who_made_it(self) -> None:
+        for end in ("cancelled", "failed", "scored"):
+            bench = Bench(page_size=4)
+            first = bench.add("abcabcabca", prompt_logprobs=0 if end == "scored" else None)
+            step = bench.begin()
+            second = bench.add("abcabcabcb")
+            assert step is not None
+            assert bench.begin() is None
+            if end == "cancelled":
+                bench.scheduler.cancel(first)
+                bench.end(step)
+            elif end == "failed":
+                bench.fail(step)
+                bench.scheduler.cancel(first)
+            else:
+                bench.end(step)
+            assert bench.step()[-1] == (second, 0 if end == "failed" else 8, 10 if end == "failed" else 2)
+            bench.run()
+            bench.check_answers()
+
+    def test_a_prompt_to_be_scored_is_computed_whole_until_it_is(self) -> None:
+        bench = Bench(num_pages=6, page_size=4)
+        bench.add("abcabcabc", max_tokens=1)
+        bench.run()
+        scored = bench.add("abcabcabc", prompt_logprobs=0)
+        assert bench.step() == [(scored, 0, 9)]
+        assert scored.num_cached_tokens == 0
+        assert not scored.scores_prompt, "done: a recomputation may use the cache"
+        bench.run()
+        bench.check_answers()
+
+    def test_a_prompt_alone(self) -> None:
+        bench = Bench(page_size=4, max_step_tokens=4)
+        scored = bench.add("abcabc", max_tokens=0)
+        assert [bench.step() for _ in range(2)] == [[(scored, 0, 4)], [(scored, 4, 2)]]
+        assert (scored.finish_reason, bench.received[scored], bench.ledger.num_used) == (FinishReason.LENGTH, [], 0)
+
     def test_output_is_cached_like_a_prompt(self) -> None:
         bench = Bench()
         first = bench.add("abc", max_tokens=6)
@@ -325,11 +377,9 @@ class TestPrefixCache:
         bench.add("aaaab")
         assert bench.begin() is not None
         second = bench.add("aaaac")
-        step = bench.begin()
-        assert step is not None
-        assert step.chunks[0].start == 0
+        assert bench.begin() is None, "it waits for the page, a lane stays free"
         bench.run()
-        assert second.num_cached_tokens == 0
+        assert second.num_cached_tokens == 4
         bench.check_answers()
 
     def test_all_logits_means_all_positions(self) -> None:
@@ -575,7 +625,9 @@ REQUESTS = st.fixed_dictionaries(
     {
         "prompt": st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12)
         | st.sampled_from([3, 4, 5, 8, 9, 12]).map(lambda num_tokens: [0] * num_tokens),  # prefixes that meet
-        "max_tokens": st.integers(1, 8),
+        "max_tokens": st.integers(0, 8),
+        "min_tokens": st.sampled_from([0, 0, 1, 3]),
+        "prompt_logprobs": st.sampled_from([None, None, None, 0]),
         "stop_ids": st.sampled_from([(), (), (2,)]),
         "logits": st.sampled_from([False, False, False, True]),
     }

@@ -3,75 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
-import tokenizers
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from tokenizers import decoders, models, pre_tokenizers
 
-from grokmoe import AsyncClient, FinishReason
-from grokmoe.channel import open_channel
+from grokmoe import FinishReason
 from grokmoe.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
-from grokmoe.server import RoleServer
-from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
-from grokmoe.v1 import generation_pb2_grpc
-from router.engine import Engine
 from router.experts import ExpertPoolSettings
-from router.service import SERVICE, GenerationService
+from router.service import SERVICE
 from tests import goldens
-from tests.router.tiny import CONFIG, ExpertDouble, attention_link, golden_tokens, serving, until
+from tests.router.served import TOKENIZER, service
+from tests.router.tiny import CONFIG, ExpertDouble, attention_link, golden_tokens, until
 
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte from id 3 on, and ids up to the vocabulary's end that are words."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + index for index, letter in enumerate(letters)}
-    vocab |= {f"w{index}": index for index in range(len(vocab), CONFIG.vocab_size)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
-    backend.add_special_tokens(["<pad>", "<s>", "</s>"])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend)
-
-
-TOKENIZER = byte_tokenizer()
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
-
-
-@dataclasses.dataclass
-class Served:
-    engine: Engine
-    client: AsyncClient
-    channel: Any
-    stub: Any
-    server: RoleServer
-
-
-@contextlib.asynccontextmanager
-async def service(tokenizer: Tokenizer | None = TOKENIZER, **options: Any) -> AsyncIterator[Served]:
-    """A started server over an engine with everything in this process, and both kinds of client."""
-    options.setdefault("attention", attention_link())
-    async with serving(**options) as engine:
-        server = RoleServer([GenerationService(engine, tokenizer, "tiny", "float32").as_service()])
-        address = await server.start("127.0.0.1:0")
-        await server.set_ready(True)
-        channel = open_channel(address)
-        try:
-            async with AsyncClient(address, timeout=30) as client:
-                stub = generation_pb2_grpc.GenerationStub(channel)  # type: ignore[no-untyped-call]
-                yield Served(engine, client, channel, stub, server)
-        finally:
-            await channel.close(None)
-            await server.stop(0)
 
 
 def test_unary_streaming_raw_and_sdk_agree() -> None:
@@ -90,9 +41,10 @@ def test_unary_streaming_raw_and_sdk_agree() -> None:
             assert done.text == TOKENIZER.decode(done.token_ids)
             assert done.request_id == "mine"
             assert raw.request_id not in ("", parts[0].request_id), "drawn"
-            assert raw.text == "".join(part.text_delta for part in parts) == "".join(delta.text for delta in deltas)
-            assert raw.text == done.text
-            assert tuple(raw.token_ids) == done.token_ids == sum((delta.token_ids for delta in deltas), ())
+            (candidate,) = raw.candidates
+            streamed = "".join(part.text_delta for part in parts)
+            assert candidate.text == streamed == "".join(delta.text for delta in deltas) == done.text
+            assert tuple(candidate.token_ids) == done.token_ids == sum((delta.token_ids for delta in deltas), ())
             assert [part.finish_reason for part in parts[:-1]] == [0] * (len(parts) - 1)
             assert parts[-1].finish_reason == pb.FINISH_REASON_LENGTH
             assert parts[-1].usage.completion_tokens == raw.usage.completion_tokens == 30
@@ -150,9 +102,8 @@ def test_finish_reasons() -> None:
 
 def test_the_model_s_end_of_sequence_ends_and_can_be_ignored() -> None:
     async def main() -> None:
-        async with service() as served:
-            golden = golden_tokens("len7")
-            served.engine.config = dataclasses.replace(CONFIG, eos_token_ids=(golden[2],))
+        golden = golden_tokens("len7")
+        async with service(model={"eos_token_ids": (golden[2],)}) as served:
             ended = await served.client.generate(goldens.PROMPTS["len7"], temperature=0, max_tokens=16)
             assert (list(ended.token_ids), ended.finish_reason) == (golden[:3], FinishReason.STOP)
             ignored = await served.client.generate(goldens.PROMPTS["len7"], **GREEDY)

@@ -20,7 +20,7 @@ from grokmoe import tensors
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import FailedPrecondition, InvalidRequest, Unavailable
 from grokmoe.server import RoleServer
-from grokmoe.step_plan import GREEDY, LogitsScope, SequenceChunk, StepPlan, StepResult, TokenSampling
+from grokmoe.step_plan import GREEDY, LogitsScope, SequenceChunk, StepPlan, StepResult, TokenSampling, TokenScoring
 from grokmoe.telemetry import ExpertMetrics, new_registry
 from launcher.serve import describe
 from router.legs import Legs
@@ -53,13 +53,13 @@ class FilledHole:
 
 
 def plan_for(incarnation: str) -> StepPlan:
-    """Two sequences: one greedy that returns all logits, one that draws."""
+    """Two sequences: one greedy that returns all logits, one that draws; with log-probabilities."""
     token_ids = goldens.PROMPTS["len33"]
     pages = range(-(-len(token_ids) // tiny.PAGE_SIZE))
-    drawn = TokenSampling(temperature=0.7, top_k=50, top_p=0.9, seed=2**63)
+    drawn = TokenSampling(temperature=0.7, top_k=50, top_p=0.9, seed=2**63, num_logprobs=3)
     chunks = (
         SequenceChunk(tuple(token_ids), 0, tuple(pages), GREEDY, LogitsScope.ALL),
-        SequenceChunk((5, 6, 7), 0, (len(pages),), drawn),
+        SequenceChunk((5, 6, 7), 0, (len(pages),), drawn, scoring=TokenScoring(0, (6, 7), 2)),
     )
     return StepPlan(incarnation, chunks)
 
@@ -77,7 +77,8 @@ def expected() -> StepResult:
 
 
 def assert_as_expected(result: StepResult) -> None:
-    assert result.token_ids == expected().token_ids
+    assert (result.token_ids, result.logprobs) == (expected().token_ids, expected().logprobs)
+    assert len(result.logprobs) == 2
     assert torch.equal(result.logits, expected().logits), "bit for bit"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests import goldens
 CONFIG = goldens.config()
 DTYPE = torch.float32
 PAGE_SIZE = 8
+_NUMBERS = itertools.count()
 TIMEOUT = 30.0
 """Seconds after which a wait counts as a hang."""
 
@@ -200,7 +202,10 @@ def golden_request(prompt: str, max_tokens: int = 16, **changes: Any) -> Request
     """Greedy, so that `goldens.greedy` is the answer."""
     greedy = SamplingSettings(temperature=0.0)
     request = Request(
-        request_id=prompt, prompt_ids=tuple(goldens.PROMPTS[prompt]), sampling=greedy, max_tokens=max_tokens
+        request_id=f"{prompt}-{next(_NUMBERS)}",
+        prompt_ids=tuple(goldens.PROMPTS[prompt]),
+        sampling=greedy,
+        max_tokens=max_tokens,
     )
     return dataclasses.replace(request, **changes)
 
@@ -210,12 +215,20 @@ def golden_tokens(prompt: str) -> list[int]:
 
 
 async def tokens_of(generation: Generation) -> list[int]:
-    """All tokens of a generation, to its end."""
-    tokens, finish_reason = [], None
+    """All tokens of a generation with one candidate, to its end."""
+    (tokens,) = await candidates_of(generation)
+    return tokens
+
+
+async def candidates_of(generation: Generation) -> list[list[int]]:
+    """All tokens of every candidate."""
+    tokens: list[list[int]] = [[] for _ in generation.sequences]
+    num_live = len(tokens)
     async with asyncio.timeout(TIMEOUT):
-        while finish_reason is None:
-            more, finish_reason = await generation.take()
-            tokens += more
+        while num_live:
+            for delivery in await generation.take():
+                tokens[delivery.index] += delivery.token_ids
+                num_live -= delivery.finish_reason is not None
     return tokens
 
 

@@ -1,0 +1,147 @@
+"""What a client gets of its request: text, log-probabilities, usage and times, message by message."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+
+from grokmoe.tokenizer import Tokenizer
+from grokmoe.v1 import generation_pb2 as pb
+from router.generation import Delivery, Generation
+from router.logprobs import prompt_to_messages, to_messages
+from router.sequence import FinishReason
+from router.text import TextSettings, TextStream
+
+_FINISH = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
+}
+
+
+@dataclasses.dataclass(slots=True)
+class _Candidate:
+    """Where one candidate's answer stands."""
+
+    text: TextStream | None
+    num_tokens: int = 0
+    has_begun: bool = False
+    is_over: bool = False
+
+
+class Answer:
+    """Turns deliveries into messages. A stop string is found here, later than the engine has gone on drawing: what
+    was drawn after it is void."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer | None, text: TextSettings | None) -> None:
+        self._generation = generation
+        self._candidates = [
+            _Candidate(TextStream(tokenizer, text) if tokenizer and text else None) for _ in generation.sequences
+        ]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every candidate has ended."""
+        return all(candidate.is_over for candidate in self._candidates)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer so far, all candidates."""
+        return sum(candidate.num_tokens for candidate in self._candidates)
+
+    def add(self, delivery: Delivery) -> pb.StreamGenerateResponse | None:
+        """The message for a delivery; None if its candidate is over already."""
+        request, candidate = self._generation.request, self._candidates[delivery.index]
+        if candidate.is_over:
+            return None
+        part = pb.StreamGenerateResponse(request_id=request.request_id, index=delivery.index)
+        reason, num_tokens = delivery.finish_reason, len(delivery.token_ids)
+        stop_id = delivery.token_ids[-1] if reason is FinishReason.STOP and delivery.token_ids else None
+        if stop_id not in request.stop_ids:  # a complete structured output
+            stop_id = None
+        if candidate.text is not None:
+            piece = candidate.text.push(
+                delivery.token_ids, ended=reason is not None, ends_with_stop_token=stop_id is not None
+            )
+            part.text_delta, num_tokens = piece.text, piece.num_tokens
+            if piece.stop_string is not None:
+                reason, stop_id, part.stop_string = FinishReason.STOP, None, piece.stop_string
+        part.token_ids.extend(delivery.token_ids[:num_tokens])
+        for table in delivery.logprobs[:num_tokens]:
+            part.logprobs.extend(to_messages(table))
+        candidate.num_tokens += num_tokens
+        if stop_id is not None:
+            part.stop_token_id = stop_id
+        if reason is FinishReason.ERROR:
+            error = self._generation.sequences[delivery.index].error
+            assert error is not None
+            raise error
+        if delivery.index == 0 and not candidate.has_begun:
+            self._add_prompt_logprobs(part)
+        candidate.has_begun = True
+        if reason is not None:
+            part.finish_reason = _FINISH[reason]
+            candidate.is_over = True
+        self._account(part)
+        return part
+
+    def _add_prompt_logprobs(self, part: pb.StreamGenerateResponse) -> None:
+        request, tables = self._generation.request, self._generation.prompt_logprobs()
+        # Incomplete if the request was aborted in the middle of its prompt.
+        is_complete = 1 + sum(len(table.token_ids) for table in tables) == len(request.prompt_ids)
+        if request.prompt_logprobs is not None and is_complete:
+            part.prompt_logprobs.extend(prompt_to_messages(request.prompt_ids[0], tables))
+
+    def _account(self, part: pb.StreamGenerateResponse) -> None:
+        generation = self._generation
+        request, sequence = generation.request, generation.sequences[0]
+        part.usage.prompt_tokens = len(request.prompt_ids)
+        part.usage.cached_tokens = sequence.num_cached_tokens
+        part.usage.completion_tokens = self.num_tokens
+        if self.is_over:
+            generation.note_ended()
+            part.timing.CopyFrom(timing(generation))
+
+
+def timing(generation: Generation) -> pb.Timing:
+    """Where the request's time went, until it ended or until now."""
+    ended = generation.ended_at or time.monotonic()
+    return pb.Timing(
+        queue_seconds=(generation.scheduled_at or ended) - generation.arrived,
+        first_token_seconds=(generation.first_token_at or ended) - generation.arrived,
+        total_seconds=ended - generation.arrived,
+    )
+
+
+def trailing_metadata(request_id: str, times: pb.Timing) -> tuple[tuple[str, str], ...]:
+    """The same for whoever reads no messages: proxies and logs."""
+    return (
+        ("x-request-id", request_id),
+        ("x-queue-seconds", f"{times.queue_seconds:.6f}"),
+        ("x-prefill-seconds", f"{max(0.0, times.first_token_seconds - times.queue_seconds):.6f}"),
+        ("x-decode-seconds", f"{max(0.0, times.total_seconds - times.first_token_seconds):.6f}"),
+    )
+
+
+def collect(parts: Iterable[pb.StreamGenerateResponse], num_candidates: int) -> pb.GenerateResponse:
+    """All messages of a stream as one answer."""
+    answer = pb.GenerateResponse(candidates=[pb.Candidate(index=index) for index in range(num_candidates)])
+    texts: list[list[str]] = [[] for _ in range(num_candidates)]
+    for part in parts:
+        candidate = answer.candidates[part.index]
+        texts[part.index].append(part.text_delta)
+        candidate.token_ids.extend(part.token_ids)
+        candidate.logprobs.extend(part.logprobs)
+        answer.prompt_logprobs.extend(part.prompt_logprobs)
+        if part.finish_reason:
+            candidate.finish_reason = part.finish_reason
+        stopped_by = part.WhichOneof("stopped_by")
+        if stopped_by:
+            setattr(candidate, stopped_by, getattr(part, stopped_by))
+        answer.request_id = part.request_id
+        answer.usage.CopyFrom(part.usage)
+        answer.timing.CopyFrom(part.timing)
+    for candidate, text in zip(answer.candidates, texts, strict=True):
+        candidate.text = "".join(text)
+    return answer
