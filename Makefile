@@ -4,7 +4,7 @@ PYTHON ?= python3
 DEMO_ENV := .venv-demo
 DEV_ENV := .venv
 
-.PHONY: demo test check stubs format clean
+.PHONY: demo test check stubs released format clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_ENV)/installed
@@ -21,10 +21,15 @@ check: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/lint-imports
 	$(DEV_ENV)/bin/buf lint proto
 	$(DEV_ENV)/bin/buf format --diff --exit-code proto
+	$(DEV_ENV)/bin/buf breaking proto --against proto/released.binpb
 	$(DEV_ENV)/bin/python tools/make_stubs.py --check
 
 stubs: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/python tools/make_stubs.py
+
+# With a release, and only then: what the next change of the contract is compared with.
+released: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/buf build proto --exclude-source-info -o proto/released.binpb
 
 format: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/ruff format .

@@ -17,7 +17,7 @@ import enum
 from collections.abc import Iterator
 from typing import Protocol
 
-from grokmoe.errors import GrokmoeError, InternalError
+from grokmoe.errors import GrokmoeError, InternalError, InvalidRequest, Reason
 
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 64) - 1
@@ -136,6 +136,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_is_complete",
         "all_ids",
         "arrival",
         "constraint",
@@ -162,7 +163,10 @@ class Sequence:
         self.index = index
         self.constraint = request.grammar.start() if request.grammar else None
         self.error: GrokmoeError | None = None
+        self._is_complete = False
         if self.constraint is not None:
+            if self.constraint.is_complete:
+                raise InvalidRequest("structured", "allows the empty text only", reason=Reason.INVALID_GRAMMAR)
             self.constraint.allowed()
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
@@ -219,7 +223,7 @@ class Sequence:
             return FinishReason.ERROR
         if num_outputs and num_outputs >= request.min_tokens and self.all_ids[-1] in request.stop_ids:
             return FinishReason.STOP
-        if self.constraint is not None and self.constraint.is_complete:
+        if self._is_complete:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_outputs >= request.max_tokens else None
 
@@ -239,7 +243,10 @@ class Sequence:
         assert self.num_to_compute == 0, self
         self.all_ids.append(token_id)
         if self.constraint is not None:
-            self.error = _advance(self.constraint, token_id)
+            try:
+                self._is_complete = _advance(self.constraint, token_id)
+            except GrokmoeError as error:
+                self.error = error
 
     def finish(self, reason: FinishReason) -> None:
         """RUNNING -> FINISHED."""
@@ -270,16 +277,14 @@ class Sequence:
         return self.state in (SequenceState.FINISHED, SequenceState.CANCELLED)
 
 
-def _advance(constraint: Constraint, token_id: int) -> GrokmoeError | None:
-    """Takes a token and makes the mask of the next. Returns what is wrong, if anything is."""
-    try:
-        if not constraint.accept(token_id):
-            return InternalError(f"token {token_id} was drawn, which the structured output does not allow")
-        if not constraint.is_complete:
-            constraint.allowed()
-    except GrokmoeError as error:
-        return error
-    return None
+def _advance(constraint: Constraint, token_id: int) -> bool:
+    """Takes a token and makes the mask of the next. Returns whether nothing can follow."""
+    if not constraint.accept(token_id):
+        raise InternalError(f"token {token_id} was drawn, which the structured output does not allow")
+    is_complete = constraint.is_complete
+    if not is_complete:
+        constraint.allowed()
+    return is_complete
 
 
 def _arrival_of(sequence: Sequence) -> int:

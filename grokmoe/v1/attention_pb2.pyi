@@ -17,11 +17,13 @@ LOGITS_SCOPE_UNSPECIFIED: LogitsScope
 LOGITS_SCOPE_ALL: LogitsScope
 
 class AttentionDescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("router_id",)
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class AttentionDescribeResponse(_message.Message):
-    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "layer_begin", "layer_end", "num_pages", "page_size", "max_step_tokens", "device")
+    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "layer_begin", "layer_end", "num_pages", "page_size", "max_step_tokens", "device", "draining")
     CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +34,7 @@ class AttentionDescribeResponse(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     config_hash: str
     incarnation: str
     dtype: _tensor_pb2.DataType
@@ -42,7 +45,8 @@ class AttentionDescribeResponse(_message.Message):
     page_size: int
     max_step_tokens: int
     device: str
-    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    draining: bool
+    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Penalties(_message.Message):
     __slots__ = ("repetition", "frequency", "presence", "prompt_ids", "output_ids")

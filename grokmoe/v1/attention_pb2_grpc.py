@@ -54,7 +54,8 @@ class AttentionServicer:
     """
 
     def Describe(self, request, context):
-        """What this worker is. The caller compares config_hash and keeps the incarnation.
+        """What this worker is, and a lease of all its pages. The caller compares config_hash and keeps the incarnation, which
+        names the lease. UNAVAILABLE while another caller holds it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

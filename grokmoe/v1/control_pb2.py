@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18grokmoe/v1/control.proto\x12\ngrokmoe.v1\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"$\n\rAbortResponse\x12\x13\n\x0b\x61\x62orted_ids\x18\x01 \x03(\t\"\x12\n\x10GetStatusRequest\"\xe9\x01\n\x06Worker\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.grokmoe.v1.WorkerRole\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.grokmoe.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x07 \x03(\r\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nused_pages\x18\t \x01(\r\x12\x14\n\x0c\x63\x61\x63hed_pages\x18\n \x01(\r\"@\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\"?\n\nLegLatency\x12\x0b\n\x03leg\x18\x01 \x01(\t\x12\x15\n\rtotal_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xd4\x01\n\x11GetStatusResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.grokmoe.v1.Worker\x12.\n\tplacement\x18\x02 \x03(\x0b\x32\x1b.grokmoe.v1.ExpertPlacement\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12$\n\x04legs\x18\x07 \x03(\x0b\x32\x16.grokmoe.v1.LegLatency*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02*w\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x32\x91\x01\n\x07\x43ontrol\x12H\n\tGetStatus\x12\x1c.grokmoe.v1.GetStatusRequest\x1a\x1d.grokmoe.v1.GetStatusResponse\x12<\n\x05\x41\x62ort\x12\x18.grokmoe.v1.AbortRequest\x1a\x19.grokmoe.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18grokmoe/v1/control.proto\x12\ngrokmoe.v1\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"$\n\rAbortResponse\x12\x13\n\x0b\x61\x62orted_ids\x18\x01 \x03(\t\"\x12\n\x10GetStatusRequest\"\xe9\x01\n\x06Worker\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.grokmoe.v1.WorkerRole\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.grokmoe.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x07 \x03(\r\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nused_pages\x18\t \x01(\r\x12\x14\n\x0c\x63\x61\x63hed_pages\x18\n \x01(\r\"@\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\"?\n\nLegLatency\x12\x0b\n\x03leg\x18\x01 \x01(\t\x12\x15\n\rtotal_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xd4\x01\n\x11GetStatusResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.grokmoe.v1.Worker\x12.\n\tplacement\x18\x02 \x03(\x0b\x32\x1b.grokmoe.v1.ExpertPlacement\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12$\n\x04legs\x18\x07 \x03(\x0b\x32\x16.grokmoe.v1.LegLatency*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02*\xa9\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x15\n\x11WORKER_STATE_DEAD\x10\x05\x32\x91\x01\n\x07\x43ontrol\x12H\n\tGetStatus\x12\x1c.grokmoe.v1.GetStatusRequest\x1a\x1d.grokmoe.v1.GetStatusResponse\x12<\n\x05\x41\x62ort\x12\x18.grokmoe.v1.AbortRequest\x1a\x19.grokmoe.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERROLE']._serialized_start=717
   _globals['_WORKERROLE']._serialized_end=809
-  _globals['_WORKERSTATE']._serialized_start=811
-  _globals['_WORKERSTATE']._serialized_end=930
+  _globals['_WORKERSTATE']._serialized_start=812
+  _globals['_WORKERSTATE']._serialized_end=981
   _globals['_ABORTREQUEST']._serialized_start=40
   _globals['_ABORTREQUEST']._serialized_end=75
   _globals['_ABORTRESPONSE']._serialized_start=77
@@ -49,6 +49,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEGLATENCY']._serialized_end=500
   _globals['_GETSTATUSRESPONSE']._serialized_start=503
   _globals['_GETSTATUSRESPONSE']._serialized_end=715
-  _globals['_CONTROL']._serialized_start=933
-  _globals['_CONTROL']._serialized_end=1078
+  _globals['_CONTROL']._serialized_start=984
+  _globals['_CONTROL']._serialized_end=1129
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from grokmoe.v1 import failure_pb2 as grokmoe_dot_v1_dot_failure__pb2
 from grokmoe.v1 import tensor_pb2 as grokmoe_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17grokmoe/v1/expert.proto\x12\ngrokmoe.v1\x1a\x18grokmoe/v1/failure.proto\x1a\x17grokmoe/v1/tensor.proto\"\x17\n\x15\x45xpertDescribeRequest\"\xc8\x01\n\x16\x45xpertDescribeResponse\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.grokmoe.v1.DataType\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12(\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\"E\n\x0b\x45xpertRange\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x13\n\x0blayer_begin\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\"\x94\x01\n\x0e\x46orwardRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x16\n\x0eremaining_rows\x18\x05 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\"\xc2\x01\n\x0f\x46orwardResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x16\n\x0eremaining_rows\x18\x02 \x01(\r\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.grokmoe.v1.Failure\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x12\n\nbatch_rows\x18\x06 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor2\xa3\x01\n\x06\x45xpert\x12Q\n\x08\x44\x65scribe\x12!.grokmoe.v1.ExpertDescribeRequest\x1a\".grokmoe.v1.ExpertDescribeResponse\x12\x46\n\x07\x46orward\x12\x1a.grokmoe.v1.ForwardRequest\x1a\x1b.grokmoe.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17grokmoe/v1/expert.proto\x12\ngrokmoe.v1\x1a\x18grokmoe/v1/failure.proto\x1a\x17grokmoe/v1/tensor.proto\"\x17\n\x15\x45xpertDescribeRequest\"\xda\x01\n\x16\x45xpertDescribeResponse\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.grokmoe.v1.DataType\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12(\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"E\n\x0b\x45xpertRange\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x13\n\x0blayer_begin\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\"\xa8\x01\n\x0e\x46orwardRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x16\n\x0eremaining_rows\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\"\xc2\x01\n\x0f\x46orwardResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x16\n\x0eremaining_rows\x18\x02 \x01(\r\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.grokmoe.v1.Failure\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x12\n\nbatch_rows\x18\x06 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor2\xa3\x01\n\x06\x45xpert\x12Q\n\x08\x44\x65scribe\x12!.grokmoe.v1.ExpertDescribeRequest\x1a\".grokmoe.v1.ExpertDescribeResponse\x12\x46\n\x07\x46orward\x12\x1a.grokmoe.v1.ForwardRequest\x1a\x1b.grokmoe.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,13 +36,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERTDESCRIBEREQUEST']._serialized_start=90
   _globals['_EXPERTDESCRIBEREQUEST']._serialized_end=113
   _globals['_EXPERTDESCRIBERESPONSE']._serialized_start=116
-  _globals['_EXPERTDESCRIBERESPONSE']._serialized_end=316
-  _globals['_EXPERTRANGE']._serialized_start=318
-  _globals['_EXPERTRANGE']._serialized_end=387
-  _globals['_FORWARDREQUEST']._serialized_start=390
-  _globals['_FORWARDREQUEST']._serialized_end=538
-  _globals['_FORWARDRESPONSE']._serialized_start=541
-  _globals['_FORWARDRESPONSE']._serialized_end=735
-  _globals['_EXPERT']._serialized_start=738
-  _globals['_EXPERT']._serialized_end=901
+  _globals['_EXPERTDESCRIBERESPONSE']._serialized_end=334
+  _globals['_EXPERTRANGE']._serialized_start=336
+  _globals['_EXPERTRANGE']._serialized_end=405
+  _globals['_FORWARDREQUEST']._serialized_start=408
+  _globals['_FORWARDREQUEST']._serialized_end=576
+  _globals['_FORWARDRESPONSE']._serialized_start=579
+  _globals['_FORWARDRESPONSE']._serialized_end=773
+  _globals['_EXPERT']._serialized_start=776
+  _globals['_EXPERT']._serialized_end=939
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grokmoe.errors import InternalError, InvalidRequest
 from router.sequence import FinishReason, Request, Sequence, SequenceQueue, SequenceState
 
 
@@ -98,3 +99,52 @@ def test_the_queue_is_in_order_of_arrival(arrivals: list[int], removed: int) -> 
         queue.remove(sequences[removed])
     with pytest.raises(AssertionError, match="not unique"):
         queue.add(make(arrival=expected[0].arrival))
+
+
+class FakeConstraint:
+    """A structured output that takes the tokens of a script, then says what the test wants."""
+
+    def __init__(self, script: list[int], fails_at: str = "") -> None:
+        self.script, self.fails_at, self.is_complete = script, fails_at, not script
+
+    def start(self) -> FakeConstraint:
+        return self
+
+    def allowed(self) -> bytes:
+        if self.fails_at == "allowed":
+            raise InvalidRequest("structured.regex", "costs too much")
+        return b"\xff" * 4
+
+    def accept(self, token_id: int) -> bool:
+        if self.fails_at == "accept":
+            raise InvalidRequest("structured.regex", "costs too much")
+        fits = self.script.pop(0) == token_id
+        self.is_complete = not self.script
+        return fits
+
+
+class TestConstraint:
+    def drawn(self, constraint: FakeConstraint, token_id: int) -> Sequence:
+        request = Request(request_id="r", prompt_ids=(1,), max_tokens=4, grammar=constraint)
+        sequence = Sequence(request, 0)
+        sequence.admit((7,), 0)
+        sequence.num_computed = 1
+        sequence.append(token_id)
+        return sequence
+
+    def test_it_ends_when_complete(self) -> None:
+        assert self.drawn(FakeConstraint([5, 6]), 5).end_reason is None
+        assert self.drawn(FakeConstraint([5]), 5).end_reason is FinishReason.STOP
+
+    def test_what_cannot_go_on_is_an_error_of_the_sequence_and_not_of_the_step(self) -> None:
+        refused = self.drawn(FakeConstraint([5, 6]), 9)
+        assert refused.end_reason is FinishReason.ERROR
+        assert isinstance(refused.error, InternalError)
+        costly = self.drawn(FakeConstraint([5, 6], fails_at="accept"), 5)
+        assert costly.end_reason is FinishReason.ERROR
+        assert isinstance(costly.error, InvalidRequest)
+
+    def test_what_cannot_begin_is_refused(self) -> None:
+        for constraint in (FakeConstraint([]), FakeConstraint([5], fails_at="allowed")):
+            with pytest.raises(InvalidRequest, match="structured"):
+                Sequence(Request(request_id="r", prompt_ids=(1,), grammar=constraint), 0)

@@ -25,9 +25,10 @@ from grokmoe.telemetry import ExpertMetrics, new_registry
 from launcher.serve import describe
 from router.legs import Legs
 from router.moe import LocalMoe, RowCounter
-from router.transport import grpc as transport
+from router.transport import grpc_attention, grpc_expert
 from router.transport.base import AttentionLink
-from router.transport.grpc import GrpcAttentionLink, GrpcExpertLink
+from router.transport.grpc_attention import GrpcAttentionLink
+from router.transport.grpc_expert import GrpcExpertLink
 from router.transport.local import LocalAttentionLink
 from tests import goldens
 from tests.router import tiny
@@ -223,7 +224,7 @@ class TestAttention:
         asyncio.run(main())
 
     def test_a_worker_that_says_nothing_is_lost(self, address: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transport, "HOLE_TIMEOUT", 0.05)
+        monkeypatch.setattr(grpc_attention, "HOLE_TIMEOUT", 0.05)
         go_on = threading.Event()
 
         async def main() -> None:
@@ -235,7 +236,7 @@ class TestAttention:
                         await link.step(0, plan_for(info.incarnation), FilledHole(), Legs())
                 finally:
                     go_on.set()
-                monkeypatch.setattr(transport, "HOLE_TIMEOUT", 30.0)
+                monkeypatch.setattr(grpc_attention, "HOLE_TIMEOUT", 30.0)
                 assert_as_expected(await step(link))
 
         asyncio.run(main())
@@ -342,10 +343,10 @@ class TestExperts:
             async with SlowExperts(address) as worker, linked(GrpcExpertLink(f"unix:{address}")) as link:
                 await check_call(link, 0)
                 worker.hold()
-                monkeypatch.setattr(transport, "EXPERT_CALL_TIMEOUT", 0.05)
+                monkeypatch.setattr(grpc_expert, "EXPERT_CALL_TIMEOUT", 0.05)
                 with pytest.raises(Unavailable, match="no answer from the expert worker"):
                     await link.forward(0, *call_of(1))
-                monkeypatch.setattr(transport, "EXPERT_CALL_TIMEOUT", 30.0)
+                monkeypatch.setattr(grpc_expert, "EXPERT_CALL_TIMEOUT", 30.0)
                 waiting = asyncio.create_task(check_call(link, 2))
                 worker.release()
                 await waiting

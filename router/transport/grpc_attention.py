@@ -1,0 +1,101 @@
+"""An attention worker behind gRPC. Letters: T tokens, D hidden."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from grokmoe import tensors
+from grokmoe.channel import RECONNECT_OPTIONS, open_channel
+from grokmoe.errors import InternalError, Unavailable
+from grokmoe.plan_codec import plan_to_proto, result_from_proto
+from grokmoe.status import from_failure
+from grokmoe.step_plan import StepPlan, StepResult
+from grokmoe.v1 import attention_pb2
+from router.legs import Legs
+from router.transport.base import AttentionInfo, Hole
+from router.transport.grpc_stream import ANY_ROWS, Stream, describe
+
+SERVICE = "grokmoe.v1.Attention"
+
+HOLE_TIMEOUT = 120.0
+"""Seconds an attention worker may take between two messages of a step."""
+
+
+class GrpcAttentionLink:
+    """An attention worker at an address."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = open_channel(address, RECONNECT_OPTIONS)
+        self._lanes: dict[int, Stream] = {}
+        self._next_step = 0
+
+    async def describe(self) -> AttentionInfo:
+        """See AttentionLink."""
+        reply = await describe(
+            self._channel,
+            SERVICE,
+            attention_pb2.AttentionDescribeRequest(),
+            attention_pb2.AttentionDescribeResponse,
+        )
+        return AttentionInfo(
+            config_hash=reply.config_hash,
+            incarnation=reply.incarnation,
+            dtype=tensors.torch_dtype(reply.dtype),
+            layer_begin=reply.layer_begin,
+            layer_end=reply.layer_end,
+            num_pages=reply.num_pages,
+            page_size=reply.page_size,
+            max_step_tokens=reply.max_step_tokens,
+            device=reply.device,
+        )
+
+    async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
+        """See AttentionLink."""
+        stream = self._lanes.get(lane)
+        if stream is None:
+            stream = self._lanes[lane] = Stream(self._channel, f"/{SERVICE}/Step")
+        self._next_step += 1
+        try:
+            return await self._drive(stream, self._next_step, plan, hole, legs)
+        except BaseException:
+            # The worker may be in the middle of the step: only a new stream starts from a known state.
+            self._lanes.pop(lane, None)
+            stream.cancel()
+            raise
+
+    async def _drive(self, stream: Stream, step_id: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
+        rows: tensors.RowAssembler[attention_pb2.StepResponse] = tensors.RowAssembler(
+            attention_pb2.StepResponse, "step_id", ANY_ROWS
+        )
+        begin = time.perf_counter()
+        await stream.write([tensors.encode(attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan)))])
+        while True:
+            message = None
+            while message is None:
+                try:
+                    async with asyncio.timeout(HOLE_TIMEOUT):
+                        message = rows.add(await stream.read())
+                except TimeoutError:
+                    raise Unavailable(f"no message from the attention worker for {HOLE_TIMEOUT:g} s") from None
+            header, payload = message
+            compute = header.compute_ns / 1e9
+            legs.add("attention", compute)
+            legs.add("wire", max(0.0, time.perf_counter() - begin - compute))
+            if header.HasField("failure"):
+                raise from_failure(header.failure)
+            if header.HasField("result"):
+                return result_from_proto(header.result, payload)
+            if payload is None:
+                raise InternalError("the attention worker sent neither a MoE input nor a result")
+            out_TD = await hole.fill(header.layer, payload)
+            begin = time.perf_counter()
+            reply = attention_pb2.StepRequest(step_id=step_id, layer=header.layer)
+            await stream.write(tensors.encode_rows(reply, out_TD, "step_id"))
+
+    async def close(self) -> None:
+        """See AttentionLink."""
+        for stream in self._lanes.values():
+            stream.cancel()
+        await self._channel.close(None)
