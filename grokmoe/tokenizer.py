@@ -1,28 +1,61 @@
-"""Text to token ids and back, over a Hugging Face `tokenizer.json`, and back piece by piece for streaming."""
+"""Text to token ids and back, whole or while the ids arrive."""
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
 from grokmoe.errors import ConfigError
+from grokmoe.sentencepiece_model import SentencePieceModel
+from grokmoe.token_bytes import TokenBytes
 
-_REPLACEMENT = "\ufffd"
-_MAX_WINDOW = 32
-"""Ids beyond which the window is cut inside a run of invalid bytes, which has no clean end to cut at."""
+TOKENIZER_JSON = "tokenizer.json"
+SENTENCEPIECE_MODEL = "tokenizer.model"
+
+_BARRED = re.compile(r"<\|.+\|>", re.DOTALL)
 
 
 class Tokenizer:
-    """Encodes and decodes. Adds no BOS and skips special tokens when decoding; thread-safe."""
+    """Encodes and decodes; adds no BOS. Thread-safe.
+
+    Text is the bytes of the tokens, read as UTF-8. What is not UTF-8 is U+FFFD, once for each longest beginning of a
+    character, as the Unicode standard recommends; with byte fallback, other programs write more of them there (the
+    `tokenizers` library one for each byte of a run of byte tokens, sound characters included).
+
+    backend: the `tokenizers.Tokenizer` underneath, to be read only.
+    control_symbols: what text from users should not be able to write: special tokens, control pieces of SentencePiece
+        among them, and entries of the vocabulary such as `<|separator|>`.
+    vocab_size: one above the highest id.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """backend: taken over; truncation and padding that its file may ask for are switched off."""
+        """backend: taken over; truncation and padding that its file may ask for are switched off.
+
+        Raises ConfigError for one whose tokens are not bytes (grokmoe/token_bytes.py).
+        """
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
-        self._special = frozenset(id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.backend = backend
+        self.token_bytes = TokenBytes(backend)
+        special = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special_ids = frozenset(special)
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.control_symbols = frozenset(special.values()) | {piece for piece in vocab if _BARRED.fullmatch(piece)}
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer | None:
+        """A checkpoint's tokenizer: its tokenizer.json, else its tokenizer.model, else None. Raises ConfigError."""
+        directory = Path(path)
+        if (directory / TOKENIZER_JSON).is_file():
+            return cls.from_file(directory / TOKENIZER_JSON)
+        if (directory / SENTENCEPIECE_MODEL).is_file():
+            return cls(SentencePieceModel.from_file(directory / SENTENCEPIECE_MODEL).to_backend())
+        return None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -30,85 +63,61 @@ class Tokenizer:
         if not Path(path).is_file():
             raise ConfigError(f"{path}: no such file")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{path}: not a tokenizer.json: {error}") from error
-
-    @property
-    def vocab_size(self) -> int:
-        """One above the highest id."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        try:
+            return cls(backend)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error.message}") from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. A special token spelled out in the text becomes that token."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        """Token ids of a text. A control symbol spelled out in the text becomes that token."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids. Special tokens and ids beyond the vocabulary are skipped, invalid UTF-8 is U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], skip_special: bool = True, continues: bool = False) -> str:
+        """The text of token ids. Ids beyond the vocabulary are skipped.
 
-    def is_text(self, token_id: int) -> bool:
+        skip_special: leave special tokens out.
+        continues: the text follows another one, so a space at its beginning is one.
+        """
+        decoder = IncrementalDecoder(self, skip_special, continues)
+        return decoder.push(ids) + decoder.finish()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it; empty for ids beyond it."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in ids]
+
+    def find_control_symbol(self, text: str) -> str | None:
+        """The first control symbol that the text spells; the longest, where several begin there."""
+        found = [(at, -len(symbol), symbol) for symbol in self.control_symbols if (at := text.find(symbol)) >= 0]
+        return min(found)[2] if found else None
+
+    def is_text(self, token_id: int, skip_special: bool = True) -> bool:
         """Whether `decode` takes notice of this id."""
-        return token_id not in self._special and self._backend.id_to_token(token_id) is not None
+        return not (skip_special and token_id in self._special_ids) and self.token_bytes.of(token_id) is not None
 
 
 class IncrementalDecoder:
-    """The text of one growing sequence; what was returned once is never taken back.
+    """The text of one growing sequence: all pieces together equal `Tokenizer.decode` of all ids, however they are cut.
 
-    All pieces together equal `Tokenizer.decode` of all ids. (With a byte-fallback vocabulary only if the bytes are
-    UTF-8 without long runs of U+FFFD: its decoder turns a whole run of bytes into U+FFFD for one bad byte, characters
-    already sent included.) Only a window of the last ids is decoded, so a token costs the same however long the
-    sequence is. The window keeps the character before the new ids as context, because decoders treat the start of a
-    text specially.
+    What was returned once is never taken back, and a character comes whole: its bytes are held back until then.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._num_emitted = 0  # characters of the window's text already returned
-        self._context_end = 0  # ids of the window that the next clean cut drops
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, continues: bool = False) -> None:
+        """skip_special, continues: as for `Tokenizer.decode`."""
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._lead = b"" if continues else tokenizer.token_bytes.lead
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes new ids and returns the new text, without the start of a character that is not complete."""
-        return "".join(self._push_one(token_id) for token_id in ids if self._tokenizer.is_text(token_id))
+        of, is_text, skip_special = self._tokenizer.token_bytes.of, self._tokenizer.is_text, self._skip_special
+        new = b"".join(of(token_id) or b"" for token_id in ids if is_text(token_id, skip_special))
+        if new and self._lead:
+            new, self._lead = new.removeprefix(self._lead), b""
+        return self._utf8.decode(new)
 
     def finish(self) -> str:
         """What was held back; the sequence is over. Call once."""
-        text = self._tokenizer.decode(self._window)
-        return self._emit(text, len(text))
-
-    def _push_one(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
-        # All of the trailing U+FFFD: with byte fallback a run of bytes shows one for each until the run is valid.
-        complete = text.rstrip(_REPLACEMENT)
-        piece = self._emit(text, len(complete))
-        if piece and complete == text:
-            self._window = self._window[self._context_end :]
-            self._context_end = len(self._window)
-            self._num_emitted = len(self._tokenizer.decode(self._window))
-        elif len(self._window) > _MAX_WINDOW:
-            piece += self._cut_invalid(text)
-        return piece
-
-    def _emit(self, text: str, end: int) -> str:
-        piece = text[self._num_emitted : end]
-        self._num_emitted = max(self._num_emitted, end)
-        return piece
-
-    def _cut_invalid(self, text: str) -> str:
-        """Emits and drops the window's front up to a byte that begins a character; one is among the last four, or none.
-
-        If the first byte after the cut continued a character begun before it, the two parts would decode to more
-        replacement characters than the whole.
-        """
-        for cut in range(len(self._window) - 1, max(0, len(self._window) - 5), -1):
-            tail = self._tokenizer.decode(self._window[cut:])
-            if tail and self._tokenizer.decode(self._window[:cut]) + tail == text:
-                end = len(text) - len(tail)
-                piece = self._emit(text, end)
-                self._window = self._window[cut:]
-                self._context_end = 0
-                self._num_emitted -= end
-                return piece
-        return ""
+        return self._utf8.decode(b"", final=True)

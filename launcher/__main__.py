@@ -17,6 +17,7 @@ examples:
   grokmoe serve                            the embedded demo model, everything in one process
   grokmoe up --experts 4                   the same, split over processes that talk gRPC
   grokmoe generate "To be, or not" --address 127.0.0.1:50051
+  grokmoe generate -i                      the same in turns
 A role on its own: python -m router | attention_worker | expert_worker, each with --help."""
 
 
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("up", help="every role a process, on this host", add_help=False)
     commands.add_parser("generate", help="continue a text, on the terminal", add_help=False)
     commands.add_parser("demo", help="start `up` with the demo model, stream a few texts, show figures", add_help=False)
-    commands.add_parser("checkpoint", help="look into a checkpoint", add_help=False)
+    commands.add_parser("checkpoint", help="look into a checkpoint, convert its tokenizer", add_help=False)
     return parser
 
 
@@ -57,10 +58,18 @@ def _generate(argv: Sequence[str]) -> int:
     from launcher.generate import GenerateSettings, generate
 
     parser = argparse.ArgumentParser("grokmoe generate", description="Streams a continuation of a text.")
-    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("prompt", nargs="?", help="the text to continue")
+    parser.add_argument("-i", "--interactive", action="store_true", help="write a text in turns; /help explains")
     add_flags(parser, GenerateSettings)
     namespace = parser.parse_args(argv)
-    return asyncio.run(generate(namespace.prompt, from_namespace(GenerateSettings, namespace)))
+    settings = from_namespace(GenerateSettings, namespace)
+    if namespace.interactive:
+        from launcher.chat import chat
+
+        return chat(namespace.prompt, settings)
+    if namespace.prompt is None:
+        parser.error("the text to continue is missing")
+    return asyncio.run(generate(namespace.prompt, settings))
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -71,14 +80,20 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _checkpoint(argv: Sequence[str]) -> int:
-    from launcher.checkpoint import inspect
+    from launcher.checkpoint import convert_tokenizer, inspect
 
-    parser = argparse.ArgumentParser("grokmoe checkpoint", description="Looks into a checkpoint.")
+    parser = argparse.ArgumentParser("grokmoe checkpoint", description="Looks into a checkpoint, prepares one.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("inspect", help="check a checkpoint's tensors against its config and sum them up")
     command.add_argument("directory", help="directory with config.json and safetensors")
     command.add_argument("--variant", default="vllm", choices=("vllm", "xai"), help="whose numerics (default: vllm)")
+    text = "write a SentencePiece model as tokenizer.json, for programs that read no other (the router reads both)"
+    command = commands.add_parser("convert-tokenizer", help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("model", help="a tokenizer.model, or a directory that has one")
+    command.add_argument("--output", metavar="FILE", help="what to write (default: tokenizer.json beside the model)")
     namespace = parser.parse_args(argv)
+    if namespace.command == "convert-tokenizer":
+        return convert_tokenizer(namespace.model, namespace.output)
     return inspect(namespace.directory, namespace.variant)
 
 
