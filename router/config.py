@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
+from router.admission import AdmissionSettings
 from router.engine import EngineSettings
 from router.step import SchedulerSettings
 
@@ -36,7 +37,10 @@ class RouterSettings:
     min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")
     max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
     max_running: int = setting(256, "sequences per attention worker that hold KV pages")
-    max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    max_waiting: int = setting(1024, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    max_waiting_kv: float = setting(16.0, "prompts that may wait, in multiples of what the KV pages hold")
+    max_live_per_caller: int = setting(0, "sequences of one caller, waiting and running; 0: no bound of its own")
+    queue_timeout: float = setting(0.0, "seconds a request may wait for its first step; 0: until its deadline")
     join_timeout: float = setting(600.0, "seconds that workers have to be reachable at start")
 
     def __post_init__(self) -> None:
@@ -52,7 +56,10 @@ class RouterSettings:
             num_lanes=self.lanes,
             min_lane_rows=self.min_lane_rows,
         )
-        return EngineSettings(scheduler, max_waiting=self.max_waiting, join_timeout=self.join_timeout)
+        admission = AdmissionSettings(
+            self.max_waiting, self.max_waiting_kv, self.max_live_per_caller, self.queue_timeout
+        )
+        return EngineSettings(scheduler, admission, join_timeout=self.join_timeout)
 
 
 def read_placement(path: str) -> dict[int, list[int]] | None:

@@ -10,17 +10,20 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import torch
 
-from grokmoe.errors import AlreadyExists, ConfigError, GrokmoeError, Reason, ResourceExhausted, Unavailable
+from grokmoe.errors import AlreadyExists, ConfigError, GrokmoeError, Reason, Unavailable
 from grokmoe.model_config import ModelConfig
 from grokmoe.telemetry import RouterMetrics
+from router.admission import Admission, AdmissionSettings, CallContext
 from router.cell import AttentionCell, CellHooks
 from router.experts import ExpertPool
-from router.generation import Generation
+from router.fair_share import FairShare
+from router.generation import NOBODY, Generation
 from router.legs import Legs
 from router.moe import RowCounter
 from router.sequence import Request
@@ -44,14 +47,9 @@ class EngineSettings:
     """Limits of admission and of start-up."""
 
     scheduler: SchedulerSettings
-    max_waiting: int = 1024
-    """Requests that may wait for their first step; one more is refused."""
+    admission: AdmissionSettings = dataclasses.field(default_factory=AdmissionSettings)
     join_timeout: float = 600.0
     """Seconds the workers have to be reachable at start."""
-
-    def __post_init__(self) -> None:
-        if self.max_waiting < 1:
-            raise ConfigError(f"max_waiting is {self.max_waiting}, must be at least 1")
 
 
 class Engine:
@@ -94,7 +92,7 @@ class Engine:
         self._generations: dict[Sequence_, Generation] = {}
         self._cell_of: dict[Sequence_, AttentionCell] = {}
         self._by_id: dict[str, Generation] = {}
-        self._arrivals = itertools.count()
+        self._share, self.admission = FairShare(), Admission(settings.admission)
         self.report = StepReport(metrics, self.cells, counter)
         metrics.running.set_function(lambda: self.num_running)
         metrics.waiting.set_function(lambda: self.num_waiting)
@@ -147,7 +145,19 @@ class Engine:
         for cell in self.cells:
             cell.start()
 
-    def submit(self, request: Request) -> Generation:
+    def check_room(self, call: CallContext, count: int = 1, num_tokens: int = 0) -> None:
+        """Raises ResourceExhausted when the queue has no room for `count` sequences of so many prompt tokens each."""
+        schedulers = [cell.scheduler for cell in self.cells if cell.info]
+        self.admission.check(
+            call.caller,
+            count,
+            num_tokens,
+            self.num_waiting,
+            sum(scheduler.num_waiting_tokens for scheduler in schedulers),
+            sum(scheduler.ledger.num_pages * scheduler.ledger.page_size for scheduler in schedulers),
+        )
+
+    def submit(self, request: Request, call: CallContext = NOBODY) -> Generation:
         """Takes a request in. `Generation.take` gives its tokens; `cancel` must be called if it is left early.
 
         Raises InvalidRequest when it could never be served, AlreadyExists when one of its id is alive,
@@ -155,21 +165,39 @@ class Engine:
         """
         if request.request_id in self._by_id:
             raise AlreadyExists(f"request_id: {request.request_id} is the id of a request that is alive")
-        if self.num_waiting + request.n > self.settings.max_waiting:
-            raise ResourceExhausted(
-                f"{self.num_waiting} sequences wait already, limit is {self.settings.max_waiting}",
-                reason=Reason.QUEUE_FULL,
-            )
-        sequences = [Sequence_(request, next(self._arrivals), index) for index in range(request.n)]
+        self.check_room(call, request.n, len(request.prompt_ids))
+        cost = len(request.prompt_ids) + request.max_tokens
+        places = self._share.place(call.caller, cost, call.priority, request.n)
+        sequences = [Sequence_(request, place, index) for index, place in enumerate(places)]
         cell = self._least_loaded()
         cell.check(request)
-        generation = Generation(request, sequences)
+        generation = Generation(request, call, sequences, self._begun)
+        self.admission.added(call.caller, request.n)
+        self._limit_wait(generation)
         self._by_id[request.request_id] = generation
         for sequence in sequences:
             cell.add(sequence)
             self._generations[sequence], self._cell_of[sequence] = generation, cell
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))
         return generation
+
+    def _begun(self, generation: Generation) -> None:
+        """A request takes part in its first step."""
+        self.admission.begun(time.monotonic())
+        self._share.admitted(generation.sequences[0].arrival, generation.call.priority)
+
+    def _limit_wait(self, generation: Generation) -> None:
+        """Refuses a request after all that waits longer than `queue_timeout` for its first step."""
+        timeout = self.settings.admission.queue_timeout
+        if not timeout:
+            return
+
+        def expire() -> None:
+            if generation.scheduled_at is None and generation.ended_at is None:
+                generation.fail(self.admission.timed_out(timeout, self.num_waiting))
+                self.cancel(generation)
+
+        asyncio.get_running_loop().call_later(timeout, expire)
 
     def cancel(self, generation: Generation) -> None:
         """Ends a request that nobody waits for any more. Harmless when it has ended."""
@@ -245,6 +273,8 @@ class Engine:
     def _forget(self, sequence: Sequence_) -> None:
         self._cell_of.pop(sequence, None)
         generation = self._generations.pop(sequence, None)
+        if generation:
+            self.admission.ended(generation.call.caller)
         # The id is free once no candidate lives, also if the client has not taken the last tokens yet.
         if generation and not any(other in self._generations for other in generation.sequences):
             del self._by_id[generation.request.request_id]

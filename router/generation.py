@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from typing import Any
 
 from grokmoe.errors import GrokmoeError
 from grokmoe.step_plan import LogprobTable
+from router.admission import CallContext
 from router.sequence import FinishReason, Request, Sequence
 from router.step import Drawn
+
+NOBODY = CallContext()
 
 
 @dataclasses.dataclass(slots=True)
@@ -31,8 +35,16 @@ class Generation:
     nothing but the list of its own tokens.
     """
 
-    def __init__(self, request: Request, sequences: Listed[Sequence]) -> None:
-        """sequences: one per candidate, in their order."""
+    def __init__(
+        self,
+        request: Request,
+        call: CallContext,
+        sequences: Listed[Sequence],
+        on_scheduled: Callable[[Generation], None],
+    ) -> None:
+        """sequences: one per candidate, in their order. on_scheduled: called when the first takes part in a step."""
+        self.call = call
+        self._on_scheduled = on_scheduled
         self.request, self.sequences = request, tuple(sequences)
         self.arrived = time.monotonic()
         self.scheduled_at: float | None = None
@@ -49,6 +61,7 @@ class Generation:
         """A sequence takes part in a step."""
         if self.scheduled_at is None:
             self.scheduled_at = time.monotonic()
+            self._on_scheduled(self)
 
     def note_ended(self) -> None:
         """Nobody waits for more, also if the engine would have gone on."""

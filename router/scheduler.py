@@ -50,6 +50,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of those."""
+        return sum(sequence.num_tokens for sequence in self._waiting)
+
+    @property
     def num_running(self) -> int:
         """Sequences with pages, cancelled ones not counted."""
         return len(self._running)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from grokmoe.errors import GrokmoeError, InternalError, InvalidRequest, Reason
+from router.fair_share import Place
 
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 64) - 1
@@ -116,8 +117,8 @@ class SequenceState(enum.StrEnum):
 class Sequence:
     """The mutable state of one candidate of a request, the `index`-th.
 
-    `arrival` is its place in the order of arrival, unique in the service: the lower, the older. It is kept for
-    life, also when the sequence moves to another worker, and decides who goes first and who is preempted.
+    `arrival` is its place in the queue, unique in the service: the lower, the sooner; "older" below means this. It is
+    kept for life, also when the sequence moves to another worker, and decides who goes first and who is preempted.
 
     Attributes:
         all_ids: prompt and output, growing in place; read it, never change it.
@@ -154,7 +155,7 @@ class Sequence:
         "state",
     )
 
-    def __init__(self, request: Request, arrival: int, index: int = 0) -> None:
+    def __init__(self, request: Request, arrival: Place, index: int = 0) -> None:
         """Raises InvalidRequest when the structured output cannot even begin."""
         assert request.prompt_ids, "a prompt has at least one token"
         assert request.max_tokens >= 0, request.max_tokens
@@ -287,7 +288,7 @@ def _advance(constraint: Constraint, token_id: int) -> bool:
     return is_complete
 
 
-def _arrival_of(sequence: Sequence) -> int:
+def _arrival_of(sequence: Sequence) -> Place:
     return sequence.arrival
 
 

@@ -12,9 +12,11 @@ from grokmoe.server import Service, server_stream, unary
 from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
 from router import status
+from router.admission import CallContext
 from router.answer import Answer, collect, timing, trailing_metadata
+from router.call_context import read_call
 from router.engine import Engine
-from router.generation import Generation
+from router.generation import NOBODY, Generation
 from router.logprobs import prompt_to_messages
 from router.structured import GrammarCompiler
 from router.validation import Accepted, PromptReader, RequestReader
@@ -71,7 +73,7 @@ class GenerationService:
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Collects the stream."""
-        async with contextlib.aclosing(self.stream(request)) as parts:
+        async with contextlib.aclosing(self.stream(request, read_call(context))) as parts:
             answer = collect([part async for part in parts], request.sampling.n or 1)
         context.set_trailing_metadata(trailing_metadata(answer.request_id, answer.timing))
         return answer
@@ -80,7 +82,7 @@ class GenerationService:
         self, request: pb.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         """One message per candidate and delivery: all its tokens that arrived since the last one."""
-        async with contextlib.aclosing(self.stream(request.generate)) as parts:
+        async with contextlib.aclosing(self.stream(request.generate, read_call(context))) as parts:
             async for part in parts:
                 if part.HasField("timing"):
                     context.set_trailing_metadata(trailing_metadata(part.request_id, part.timing))
@@ -89,8 +91,10 @@ class GenerationService:
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """A prompt's log-probabilities; the prompt is computed and nothing drawn."""
         with self._counted() as outcome:
+            call = read_call(context)
+            self._engine.check_room(call)
             accepted = Accepted(await self._requests.score(request), None)
-            with self._submitted(accepted) as generation:
+            with self._submitted(accepted, call) as generation:
                 await generation.take()
                 outcome.label = "scored"
                 ids = accepted.request.prompt_ids
@@ -122,11 +126,14 @@ class GenerationService:
         """What is served."""
         return status.model(self._engine.config, self._model_name, self._dtype, self._tokenizer is not None)
 
-    async def stream(self, proto: pb.GenerateRequest) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
+    async def stream(
+        self, proto: pb.GenerateRequest, call: CallContext = NOBODY
+    ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
         """The messages of one request. Closing it, also when the client has gone, frees what the request holds."""
         with self._counted() as outcome:
+            self._engine.check_room(call)  # before any work is done for it
             accepted = await self._requests.generate(proto)
-            with self._submitted(accepted) as generation:
+            with self._submitted(accepted, call) as generation:
                 answer = Answer(generation, self._tokenizer, accepted.text)
                 while not answer.is_over:
                     for delivery in await generation.take():
@@ -141,9 +148,9 @@ class GenerationService:
                         yield part
 
     @contextlib.contextmanager
-    def _submitted(self, accepted: Accepted) -> Iterator[Generation]:
+    def _submitted(self, accepted: Accepted, call: CallContext) -> Iterator[Generation]:
         """The request in the engine; out of it at the end, so that a cancelled call does not cost another step."""
-        generation = self._engine.submit(accepted.request)
+        generation = self._engine.submit(accepted.request, call)
         try:
             yield generation
         finally:

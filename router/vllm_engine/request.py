@@ -104,8 +104,9 @@ def _refuse_others(message: Any, honoured: frozenset[str], path: str) -> None:
     for field, _ in message.ListFields():
         if field.name not in honoured:
             raise InvalidRequest(path + field.name, "is not supported")
-    for unknown in UnknownFieldSet(message):
-        raise InvalidRequest(f"{path}{unknown.field_number}", "is a field that this server does not know")
+    unknown: Any = UnknownFieldSet(message)
+    if len(unknown):
+        raise InvalidRequest(f"{path}{unknown[0].field_number}", "is a field that this server does not know")
 
 
 def _prompt(request: Any, context_length: int, ours: pb.GenerateRequest) -> int:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from grokmoe.errors import AlreadyExists, ResourceExhausted
+from router.admission import AdmissionSettings
 from router.sequence import FinishReason, SamplingSettings
 from tests.router.tiny import (
     PAGE_SIZE,
@@ -83,7 +84,7 @@ class TestCandidates:
 
     def test_all_must_find_room_in_the_queue(self) -> None:
         async def main() -> None:
-            async with serving(attention_link(), max_waiting=3) as engine:
+            async with serving(attention_link(), admission=AdmissionSettings(max_waiting=3)) as engine:
                 with pytest.raises(ResourceExhausted, match="limit is 3"):
                     engine.submit(golden_request("len7", n=4))
                 await candidates_of(engine.submit(golden_request("len7", n=3)))

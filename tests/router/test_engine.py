@@ -11,6 +11,7 @@ import pytest
 
 from grokmoe.errors import InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from grokmoe.step_plan import StepPlan, StepResult
+from router.admission import AdmissionSettings
 from router.engine import Engine
 from router.experts import ExpertPoolSettings, ExpertsUnavailable
 from router.legs import Legs
@@ -109,7 +110,7 @@ class TestTokens:
 class TestAdmission:
     def test_too_many_are_refused_at_once(self) -> None:
         async def main() -> None:
-            async with serving(attention_link(), max_waiting=2, max_running=1) as engine:
+            async with serving(attention_link(), admission=AdmissionSettings(max_waiting=2), max_running=1) as engine:
                 accepted = [engine.submit(golden_request(prompt)) for prompt in ("len1", "len2")]
                 with pytest.raises(ResourceExhausted, match="2 sequences wait already, limit is 2") as caught:
                     engine.submit(golden_request("len7"))

@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from grokmoe import FinishReason
 from grokmoe.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
 from grokmoe.v1 import generation_pb2 as pb
+from router.admission import AdmissionSettings
 from router.experts import ExpertPoolSettings
 from router.service import SERVICE
 from tests import goldens
@@ -159,7 +160,7 @@ class TestErrors:
 
     def test_full_means_resource_exhausted_with_a_retry_hint(self) -> None:
         async def main() -> None:
-            async with service(max_waiting=1, max_running=1) as served:
+            async with service(admission=AdmissionSettings(max_waiting=1), max_running=1) as served:
                 running = served.client.stream([1], max_tokens=400, ignore_eos=True)
                 await anext(running)
                 waiting = asyncio.create_task(served.client.generate([1], **GREEDY))

@@ -23,6 +23,7 @@ from grokmoe.errors import Unavailable
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.telemetry import AttentionMetrics, RouterMetrics, new_registry
 from launcher.serve import describe
+from router.admission import AdmissionSettings
 from router.engine import Engine, EngineSettings
 from router.experts import ExpertPool, ExpertPoolSettings
 from router.generation import Generation
@@ -168,7 +169,7 @@ async def serving(
     attention: Sequence[AttentionLink] | AttentionLink,
     expert_links: Sequence[ExpertLink] | None = None,
     pool_settings: ExpertPoolSettings | None = None,
-    max_waiting: int = 1024,
+    admission: AdmissionSettings | None = None,
     **limits: Any,
 ) -> AsyncIterator[Engine]:
     """An engine that has started. Its books are checked at the end. expert_links: None for experts in this process."""
@@ -187,7 +188,9 @@ async def serving(
             return RemoteMoe(CONFIG, gates(), remote, counter, device(), lane, legs)
 
     settings = EngineSettings(
-        SchedulerSettings(context_length=CONFIG.context_length, **{"min_lane_rows": 1, **limits}), max_waiting, 30.0
+        SchedulerSettings(context_length=CONFIG.context_length, **{"min_lane_rows": 1, **limits}),
+        admission or AdmissionSettings(),
+        30.0,
     )
     engine = Engine(CONFIG, DTYPE, links, make_hole, pool, counter, settings, RouterMetrics(new_registry()))
     await engine.start()
