@@ -13,7 +13,7 @@ from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
 from router.loading import build_engine, build_services, load_model
-from router.transport.grpc import GrpcAttentionLink
+from router.transport.grpc_attention import GrpcAttentionLink
 
 DESCRIPTION = """\
 Serves text generation (grokmoe.v1.Generation) with the attention and expert workers at the addresses given. Waits for

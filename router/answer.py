@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable
 
+from grokmoe.errors import InvalidRequest
 from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
 from router.generation import Delivery, Generation
@@ -39,6 +40,13 @@ class Answer:
         self._candidates = [
             _Candidate(TextStream(tokenizer, text) if tokenizer and text else None) for _ in generation.sequences
         ]
+        resumed_ids = generation.request.resumed_ids
+        if resumed_ids:
+            (candidate,) = self._candidates
+            candidate.num_tokens = len(resumed_ids)
+            # The caller has their text, as far as it could be sent.
+            if candidate.text is not None and candidate.text.push(resumed_ids).stop_string is not None:
+                raise InvalidRequest("resumed", "is complete already: it holds a stop string")
 
     @property
     def is_over(self) -> bool:

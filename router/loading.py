@@ -24,7 +24,7 @@ from router.legs import Legs
 from router.moe import Gates, LocalExperts, LocalMoe, RemoteMoe, RowCounter
 from router.service import GenerationService
 from router.transport.base import AttentionLink, ExpertLink, Hole
-from router.transport.grpc import GrpcExpertLink
+from router.transport.grpc_expert import GrpcExpertLink
 
 
 @dataclasses.dataclass(frozen=True)

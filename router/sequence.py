@@ -79,6 +79,7 @@ class Request:
     logprobs, prompt_logprobs: log-probabilities of so many most likely tokens wanted, of those drawn and of the
         prompt's; None: none, -1: of the whole vocabulary.
     grammar: what form the output must have.
+    resumed_ids: output that the caller has already, from before its stream broke; it counts as output in every way.
     logits: the logits of every position are wanted.
     """
 
@@ -92,6 +93,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    resumed_ids: tuple[int, ...] = ()
     logits: bool = False
 
 
@@ -156,7 +158,7 @@ class Sequence:
     )
 
     def __init__(self, request: Request, arrival: Place, index: int = 0) -> None:
-        """Raises InvalidRequest when the structured output cannot even begin."""
+        """Raises InvalidRequest when the structured output cannot even begin, or nothing is left to resume."""
         assert request.prompt_ids, "a prompt has at least one token"
         assert request.max_tokens >= 0, request.max_tokens
         self.request = request
@@ -172,6 +174,12 @@ class Sequence:
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
         self.all_ids: list[int] = list(request.prompt_ids)
+        for token_id in request.resumed_ids:
+            self._take(token_id)
+        if self.error is not None:
+            raise InvalidRequest("resumed.ids", self.error.message)
+        if request.resumed_ids and self.end_reason:
+            raise InvalidRequest("resumed", f"is complete already: {self.end_reason}")
         self.page_ids: tuple[int, ...] = ()
         self.page_hashes: list[bytes] = []
         self.num_computed = 0
@@ -242,6 +250,9 @@ class Sequence:
         """Takes the token drawn after the last computed position."""
         assert self.state is SequenceState.RUNNING, self
         assert self.num_to_compute == 0, self
+        self._take(token_id)
+
+    def _take(self, token_id: int) -> None:
         self.all_ids.append(token_id)
         if self.constraint is not None:
             try:

@@ -27,7 +27,7 @@ MAX_REQUEST_ID_LENGTH = 128
 MAX_LOGPROB_BYTES = 48 * 1024 * 1024
 """Of an answer's log-probabilities: 8 bytes per entry. One message is at most 64 MiB (grokmoe.channel)."""
 
-_MESSAGES = ("sampling", "stopping", "response", "tokenize", "structured")
+_MESSAGES = ("sampling", "stopping", "response", "tokenize", "structured", "resumed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class RequestReader:
             self._prompts.need_tokenizer("response.echo")
         prompt = await self._prompts.read(proto)
         self._check_logprob_size(len(prompt.ids), prompt_logprobs, n * max_tokens, logprobs)
+        resumed_ids = self._resumed(proto, len(prompt.ids), max_tokens)
         grammar = await self._grammar(proto)
         request = Request(
             request_id=request_id,
@@ -74,6 +75,7 @@ class RequestReader:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            resumed_ids=resumed_ids,
         )
         if self._compiler is None:
             return Accepted(request, None)
@@ -112,6 +114,25 @@ class RequestReader:
             if stopping.ignore_eos:
                 raise _conflict("stopping.ignore_eos", "structured")
         return max_tokens, stopping.min_tokens
+
+    def _resumed(self, proto: pb.GenerateRequest, num_prompt: int, max_tokens: int) -> tuple[int, ...]:
+        if not proto.HasField("resumed"):
+            return ()
+        ids = tuple(proto.resumed.ids)
+        self._prompts.check_ids("resumed.ids", ids)
+        limit = min(max_tokens, self._config.context_length - num_prompt) - 1
+        if len(ids) > limit:
+            raise InvalidRequest("resumed.ids", f"holds {len(ids)} tokens, max_tokens and the context allow {limit}")
+        sampling, response = proto.sampling, proto.response
+        if not sampling.HasField("seed") and not (sampling.HasField("temperature") and sampling.temperature == 0):
+            message = "needs sampling.seed, or a temperature of 0"
+            raise InvalidRequest("resumed", message, reason=Reason.CONFLICTING_FIELDS)
+        if sampling.n > 1:
+            raise _conflict("resumed", "sampling.n", "above 1")
+        for name in ("echo", "prompt_logprobs"):
+            if response.HasField(name) and getattr(response, name) is not False:
+                raise _conflict("resumed", f"response.{name}")
+        return ids
 
     def _stop_ids(self, stopping: pb.StoppingParams) -> frozenset[int]:
         field, ids = "stopping.stop_token_ids", stopping.stop_token_ids

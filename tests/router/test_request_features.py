@@ -362,6 +362,72 @@ class TestStructuredOutput:
         run(test)
 
 
+class TestResumption:
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            {},
+            {"sampling": {"temperature": 1.0, "seed": 9, "repetition_penalty": 1.4, "frequency_penalty": 0.3}},
+            {"stopping": {"min_tokens": 9, "stop_strings": ["zzz"]}},
+            {
+                "structured": {"regex": "[a-f]{12}"},
+                "sampling": {"temperature": 1.0, "seed": 9},
+                "stopping": {"ignore_eos": False},
+            },
+        ],
+    )
+    def test_it_goes_on_as_if_it_had_not_ended(self, parts: dict[str, Any]) -> None:
+        async def test(served: Served) -> None:
+            asked = request(**{key: dict(value) for key, value in parts.items()})
+            whole = [part async for part in served.stub.StreamGenerate(pb.StreamGenerateRequest(generate=asked))]
+            for cut in range(1, len(whole)):
+                received = [id_ for part in whole[:cut] for id_ in part.token_ids]
+                if len(received) >= sum(len(part.token_ids) for part in whole):
+                    continue
+                again = request(**{key: dict(value) for key, value in parts.items()})
+                again.resumed.ids.extend(received)
+                rest = [part async for part in served.stub.StreamGenerate(pb.StreamGenerateRequest(generate=again))]
+                ids = received + [id_ for part in rest for id_ in part.token_ids]
+                assert ids == [id_ for part in whole for id_ in part.token_ids]
+                text = "".join(part.text_delta for part in (*whole[:cut], *rest))
+                assert text == "".join(part.text_delta for part in whole)
+                assert rest[-1].usage == whole[-1].usage or rest[-1].usage.completion_tokens == len(ids)
+                assert rest[-1].finish_reason == whole[-1].finish_reason
+
+        run(test)
+
+    @pytest.mark.parametrize(
+        ("parts", "complaint"),
+        [
+            ({"sampling": {"temperature": 1.0}}, "needs sampling.seed"),
+            ({"sampling": {"n": 2}}, "sampling.n is above 1"),
+            ({"response": {"echo": True}}, "response.echo"),
+            ({"response": {"prompt_logprobs": 0}}, "response.prompt_logprobs"),
+            ({"stopping": {"max_tokens": 2}}, "allow 1"),
+            ({"stopping": {"stop_token_ids": [5]}}, "complete already"),
+            ({"structured": {"regex": "abc"}, "stopping": {"ignore_eos": False}}, "does not allow"),
+        ],
+    )
+    def test_what_cannot_be_resumed(self, parts: dict[str, Any], complaint: str) -> None:
+        async def test(served: Served) -> None:
+            asked = request(**parts)
+            asked.resumed.ids.extend([4, 5])
+            with pytest.raises(grpc.aio.AioRpcError, match=complaint):
+                await served.stub.Generate(asked)
+
+        run(test)
+
+    def test_a_stop_string_in_what_was_received(self) -> None:
+        async def test(served: Served) -> None:
+            whole = await ask(served)
+            asked = request(stopping={"stop_strings": [whole.text[1:3]]})
+            asked.resumed.ids.extend(whole.token_ids[:10])
+            with pytest.raises(grpc.aio.AioRpcError, match="complete already: it holds a stop string"):
+                await served.stub.Generate(asked)
+
+        run(test)
+
+
 class TestControl:
     def test_a_duplicate_of_a_live_id_is_refused(self) -> None:
         async def test(served: Served) -> None:
