@@ -14,15 +14,16 @@ import uuid
 import torch
 
 from attention_worker.kv_cache import KVCache
+from attention_worker.logit_rows import LogitRows
 from attention_worker.model import Forward, Model
 from attention_worker.plan_check import PlanCheck
-from attention_worker.sampler import sample
 from attention_worker.step_batch import StepBatch
+from attention_worker.step_output import step_result
 from attention_worker.weights import AttentionWeights
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import InvalidRequest
 from grokmoe.model_config import ModelConfig
-from grokmoe.step_plan import LogitsScope, StepPlan, StepResult
+from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.telemetry import AttentionMetrics
 
 
@@ -46,8 +47,8 @@ class MoeInput:
 class StepRun:
     """One step under way. `advance` goes to the next hole or to the end; a run that is dropped changes nothing more."""
 
-    def __init__(self, forward: Forward, plan: StepPlan, metrics: AttentionMetrics) -> None:
-        self._forward, self._plan, self._metrics = forward, plan, metrics
+    def __init__(self, forward: Forward, plan: StepPlan, rows: LogitRows, metrics: AttentionMetrics) -> None:
+        self._forward, self._plan, self._rows, self._metrics = forward, plan, rows, metrics
         self._layer = -1
         self._expected: tuple[torch.Size, torch.dtype] | None = None
 
@@ -73,31 +74,14 @@ class StepRun:
         return MoeInput(self._layer, x_TD)
 
     def _finish(self, logits_RV: torch.Tensor) -> StepResult:
-        """Samples, and picks the logits that were asked for. Rows are those of `logit_rows`, in order."""
-        sampling, positions, sampled_rows, returned_rows, row = [], [], [], [], 0
-        for chunk in self._plan.chunks:
-            num_rows = _num_logit_rows(chunk.logits, chunk.sampling is not None, len(chunk.token_ids))
-            row += num_rows
-            if chunk.sampling is not None:
-                sampling.append(chunk.sampling)
-                positions.append(chunk.start + len(chunk.token_ids))
-                sampled_rows.append(row - 1)
-            if chunk.logits is not LogitsScope.NONE:
-                returned_rows.extend(range(row - num_rows, row))
-        tokens = sample(logits_RV[sampled_rows], sampling, positions)
+        result = step_result(self._plan.chunks, self._rows, logits_RV)
         self._metrics.steps.labels("ok").inc()
         self._metrics.tokens.inc(sum(len(chunk.token_ids) for chunk in self._plan.chunks))
-        return StepResult(tuple(tokens), logits_RV[returned_rows] if returned_rows else None)
+        return result
 
     def close(self) -> None:
         """Drops the step and the memory it holds."""
         self._forward.close()
-
-
-def _num_logit_rows(scope: LogitsScope, is_sampled: bool, num_tokens: int) -> int:
-    if scope is LogitsScope.ALL:
-        return num_tokens
-    return 1 if is_sampled else 0
 
 
 class AttentionEngine:
@@ -143,13 +127,9 @@ class AttentionEngine:
             self.metrics.steps.labels("refused").inc()
             raise
         batch = StepBatch.build(plan.chunks, self.settings.page_size)
-        rows, first = [], 0
-        for chunk in plan.chunks:
-            last = first + len(chunk.token_ids)
-            num_rows = _num_logit_rows(chunk.logits, chunk.sampling is not None, len(chunk.token_ids))
-            rows.extend(range(last - num_rows, last))
-            first = last
-        return StepRun(self._model.forward(batch, torch.tensor(rows, dtype=torch.int64)), plan, self.metrics)
+        rows = LogitRows.of(plan.chunks)
+        forward = self._model.forward(batch, torch.tensor(rows.step_rows_R, dtype=torch.int64))
+        return StepRun(forward, plan, rows, self.metrics)
 
 
 def num_pages_in(config: ModelConfig, dtype: torch.dtype, page_size: int, gib: float) -> int:

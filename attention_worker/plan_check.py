@@ -6,39 +6,60 @@ from __future__ import annotations
 
 import math
 
-from grokmoe.errors import FailedPrecondition, InvalidRequest
+from attention_worker.sampling_check import check_sampling, check_scoring, num_top_bytes
+from grokmoe.errors import FailedPrecondition, InvalidRequest, Reason
 from grokmoe.model_config import ModelConfig
-from grokmoe.step_plan import SequenceChunk, StepPlan, TokenSampling
+from grokmoe.step_plan import SequenceChunk, StepPlan
+
+MAX_TOP_BYTES = 32 * 2**20
+"""Most likely tokens and their log-probabilities in one result: they travel in one message."""
 
 
 class PlanCheck:
-    """The limits of one attention worker."""
+    """The limits of one attention worker.
+
+    incarnation: whose plans are taken; changes with the holder of the lease (attention_worker/lease.py).
+    """
 
     def __init__(
         self, config: ModelConfig, incarnation: str, num_pages: int, page_size: int, max_step_tokens: int
     ) -> None:
-        self._config, self._incarnation = config, incarnation
+        self.incarnation = incarnation
+        self._config = config
         self._num_pages, self._page_size, self._max_step_tokens = num_pages, page_size, max_step_tokens
 
     def check(self, plan: StepPlan) -> None:
         """Raises FailedPrecondition for another incarnation, InvalidRequest naming field, value and limit."""
-        if plan.incarnation != self._incarnation:
-            raise FailedPrecondition(
-                f"the plan is for incarnation {plan.incarnation or '(none)'}, this is {self._incarnation}: "
-                "its pages are not here"
-            )
+        self.check_incarnation(plan.incarnation)
         if not plan.chunks:
             raise InvalidRequest("plan.chunks", "is empty")
         num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
         if num_tokens > self._max_step_tokens:
             raise InvalidRequest("plan.chunks", f"hold {num_tokens} tokens, limit is {self._max_step_tokens}")
         written: set[int] = set()
+        top_bytes, vocab_size = 0, self._config.vocab_size
         for index, chunk in enumerate(plan.chunks):
             field = f"plan.chunks[{index}]"
             self._check_chunk(field, chunk)
             if chunk.sampling is not None:
-                _check_sampling(f"{field}.sampling", chunk.sampling)
+                check_sampling(f"{field}.sampling", chunk.sampling, vocab_size)
+            if chunk.scoring is not None:
+                check_scoring(f"{field}.scoring", chunk.scoring, len(chunk.token_ids), vocab_size)
+            top_bytes += num_top_bytes(chunk)
             self._check_writes(field, chunk, written)
+        if top_bytes > MAX_TOP_BYTES:
+            raise InvalidRequest(
+                "plan.chunks", f"ask for {top_bytes} bytes of most likely tokens, limit is {MAX_TOP_BYTES}"
+            )
+
+    def check_incarnation(self, incarnation: str) -> None:
+        """Raises FailedPrecondition for another than this one."""
+        if incarnation != self.incarnation:
+            raise FailedPrecondition(
+                f"the plan is for incarnation {incarnation or '(none)'}, this is {self.incarnation}: "
+                "its pages are not here",
+                reason=Reason.WRONG_INCARNATION,
+            )
 
     def _check_chunk(self, field: str, chunk: SequenceChunk) -> None:
         if not chunk.token_ids:
@@ -73,12 +94,3 @@ class PlanCheck:
         if clash:
             raise InvalidRequest(f"{field}.page_ids", f"page {min(clash)} is written by an earlier chunk, too")
         written.update(own)
-
-
-def _check_sampling(field: str, sampling: TokenSampling) -> None:
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InvalidRequest(f"{field}.temperature", f"is {sampling.temperature}, must be finite and at least 0")
-    if not 0 < sampling.top_p <= 1:
-        raise InvalidRequest(f"{field}.top_p", f"is {sampling.top_p}, must be in (0, 1]")
-    if sampling.top_k < 0:
-        raise InvalidRequest(f"{field}.top_k", f"is {sampling.top_k}, must be at least 0")

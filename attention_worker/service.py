@@ -12,7 +12,7 @@ import grpc
 from attention_worker.engine import AttentionEngine, MoeInput, StepRun
 from grokmoe import tensors
 from grokmoe.errors import Code, FailedPrecondition, InvalidRequest
-from grokmoe.plan_codec import plan_from_proto
+from grokmoe.plan_codec import plan_from_proto, result_to_proto
 from grokmoe.server import Service, raw_stream, unary
 from grokmoe.status import to_failure, to_status
 from grokmoe.step_plan import StepResult
@@ -130,7 +130,7 @@ class _Lane:
             self._layer = header.layer = result.layer
             return list(tensors.encode_rows(header, result.x_TD, "step_id"))
         self.close()
-        header.result.token_ids.extend(result.token_ids)
+        header.result.CopyFrom(result_to_proto(result))
         if result.logits is None:
             return [tensors.encode(header)]
         return list(tensors.encode_rows(header, result.logits, "step_id"))

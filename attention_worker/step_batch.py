@@ -20,7 +20,6 @@ class StepBatch:
     """The step's tensors, built once on the CPU. Its rows are the chunks' tokens, one chunk after the other.
 
     token_ids_T, positions_T, slots_T  int64; slot = page * page_size + offset is where the token's K and V go
-    last_rows_C                        int64; the row of each chunk's last token (the one that gives logits)
     chunks                             what the batch was built from
     """
 
@@ -29,7 +28,6 @@ class StepBatch:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
-    last_rows_C: torch.Tensor
     spans: Spans
     _groups: dict[TileShape, tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -47,8 +45,7 @@ class StepBatch:
         length_C = np.array([len(chunk.token_ids) for chunk in chunks], np.int64)
         start_C = np.array([chunk.start for chunk in chunks], np.int64)
         num_pages_C = np.array([len(chunk.page_ids) for chunk in chunks], np.int64)
-        end_row_C, page_offset_C = np.cumsum(length_C), np.cumsum(num_pages_C) - num_pages_C
-        first_row_C = end_row_C - length_C
+        first_row_C, page_offset_C = np.cumsum(length_C) - length_C, np.cumsum(num_pages_C) - num_pages_C
         pages = _concatenate([chunk.page_ids for chunk in chunks])
         if pages.size and pages.min() < 0:
             raise ValueError(f"negative page id {pages.min()}")
@@ -60,7 +57,6 @@ class StepBatch:
             token_ids_T=torch.from_numpy(_concatenate([chunk.token_ids for chunk in chunks])),
             positions_T=torch.from_numpy(position_T),
             slots_T=torch.from_numpy(page_T * page_size + position_T % page_size),
-            last_rows_C=torch.from_numpy(end_row_C - 1),
             spans=Spans(first_row_C, length_C, start_C, page_offset_C, pages),
         )
 

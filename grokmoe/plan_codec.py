@@ -1,9 +1,23 @@
-"""Step plans to and from the wire."""
+"""Step plans and results to and from the wire.
+
+Packed ids and masks are handed over as they are: what a plan costs here does not grow with the text.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from grokmoe.errors import InvalidRequest
-from grokmoe.step_plan import LogitsScope, SequenceChunk, StepPlan, TokenSampling
+from grokmoe.step_plan import (
+    LogitsScope,
+    LogprobTable,
+    Penalties,
+    SequenceChunk,
+    StepPlan,
+    StepResult,
+    TokenSampling,
+    TokenScoring,
+)
 from grokmoe.v1 import attention_pb2
 
 _SCOPES = {
@@ -17,35 +31,124 @@ def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
     """Renders a plan for the wire."""
     proto = attention_pb2.StepPlan(incarnation=plan.incarnation)
     for chunk in plan.chunks:
-        sampling = None
-        if chunk.sampling is not None:
-            sampling = attention_pb2.TokenSampling(
-                temperature=chunk.sampling.temperature,
-                top_k=chunk.sampling.top_k,
-                top_p=chunk.sampling.top_p,
-                seed=chunk.sampling.seed,
+        scoring = None
+        if chunk.scoring is not None:
+            scoring = attention_pb2.TokenScoring(
+                first=chunk.scoring.first, target_ids=chunk.scoring.target_ids, num_top=chunk.scoring.num_top
             )
         proto.chunks.add(
             token_ids=chunk.token_ids,
             start=chunk.start,
             page_ids=chunk.page_ids,
-            sampling=sampling,
+            sampling=None if chunk.sampling is None else _sampling_to_proto(chunk.sampling),
             logits=chunk.logits.value,
+            scoring=scoring,
         )
     return proto
+
+
+def _sampling_to_proto(how: TokenSampling) -> attention_pb2.TokenSampling:
+    penalties = None
+    if how.penalties is not None:
+        penalties = attention_pb2.Penalties(
+            repetition=how.penalties.repetition,
+            frequency=how.penalties.frequency,
+            presence=how.penalties.presence,
+            prompt_ids=how.penalties.prompt_ids,
+            output_ids=how.penalties.output_ids,
+        )
+    return attention_pb2.TokenSampling(
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        seed=how.seed,
+        min_p=how.min_p,
+        bias_ids=how.bias_ids,
+        bias=how.bias,
+        penalties=penalties,
+        allowed=how.allowed,
+        num_logprobs=how.num_logprobs,
+    )
 
 
 def plan_from_proto(proto: attention_pb2.StepPlan) -> StepPlan:
     """Reads a plan from the wire. Whether it can be run is for the attention worker to check."""
     chunks = []
     for chunk in proto.chunks:
-        sampling = None
-        if chunk.HasField("sampling"):
-            wire = chunk.sampling
-            sampling = TokenSampling(wire.temperature, wire.top_k, wire.top_p or 1.0, wire.seed)
         try:
             scope = LogitsScope(int(chunk.logits))
         except ValueError:
             raise InvalidRequest("plan.chunks.logits", f"is {chunk.logits}: no such scope") from None
-        chunks.append(SequenceChunk(tuple(chunk.token_ids), chunk.start, tuple(chunk.page_ids), sampling, scope))
+        scoring = None
+        if chunk.HasField("scoring"):
+            scoring = TokenScoring(chunk.scoring.first, tuple(chunk.scoring.target_ids), chunk.scoring.num_top)
+        chunks.append(
+            SequenceChunk(
+                tuple(chunk.token_ids),
+                chunk.start,
+                tuple(chunk.page_ids),
+                _sampling_from_proto(chunk.sampling) if chunk.HasField("sampling") else None,
+                scope,
+                scoring,
+            )
+        )
     return StepPlan(proto.incarnation, tuple(chunks))
+
+
+def _sampling_from_proto(wire: attention_pb2.TokenSampling) -> TokenSampling:
+    penalties = None
+    if wire.HasField("penalties"):
+        penalties = Penalties(
+            # Unset is 0, which would be no penalty that could be meant.
+            repetition=wire.penalties.repetition or 1.0,
+            frequency=wire.penalties.frequency,
+            presence=wire.penalties.presence,
+            prompt_ids=wire.penalties.prompt_ids,
+            output_ids=wire.penalties.output_ids,
+        )
+    return TokenSampling(
+        temperature=wire.temperature,
+        top_k=wire.top_k,
+        top_p=wire.top_p or 1.0,
+        seed=wire.seed,
+        min_p=wire.min_p,
+        bias_ids=tuple(wire.bias_ids),
+        bias=tuple(wire.bias),
+        penalties=penalties,
+        allowed=wire.allowed,
+        num_logprobs=wire.num_logprobs if wire.HasField("num_logprobs") else None,
+    )
+
+
+def result_to_proto(result: StepResult) -> attention_pb2.StepResult:
+    """Renders a result for the wire, without its logits: they are the message's payload."""
+    return attention_pb2.StepResult(
+        token_ids=result.token_ids,
+        logprobs=[
+            attention_pb2.LogprobTable(
+                token_ids=table.token_ids,
+                logprobs=table.logprobs,
+                ranks=table.ranks,
+                num_top=table.num_top,
+                top_ids=table.top_ids,
+                top_logprobs=table.top_logprobs,
+            )
+            for table in result.logprobs
+        ],
+    )
+
+
+def result_from_proto(proto: attention_pb2.StepResult, logits: Any) -> StepResult:
+    """Reads a result from the wire. logits: the message's payload, or None."""
+    tables = [
+        LogprobTable(
+            tuple(table.token_ids),
+            tuple(table.logprobs),
+            tuple(table.ranks),
+            table.num_top,
+            table.top_ids,
+            table.top_logprobs,
+        )
+        for table in proto.logprobs
+    ]
+    return StepResult(tuple(proto.token_ids), logits, tuple(tables))

@@ -17,13 +17,22 @@ from attention_worker.service import SERVICE, AttentionService
 from grokmoe import tensors
 from grokmoe.channel import open_channel
 from grokmoe.errors import InvalidRequest
-from grokmoe.plan_codec import plan_to_proto
+from grokmoe.plan_codec import plan_to_proto, result_from_proto
 from grokmoe.server import RoleServer
 from grokmoe.status import from_failure, from_rpc_error
-from grokmoe.step_plan import GREEDY, LogitsScope, SequenceChunk
+from grokmoe.step_plan import (
+    GREEDY,
+    WHOLE_VOCABULARY,
+    LogitsScope,
+    Penalties,
+    SequenceChunk,
+    TokenSampling,
+    TokenScoring,
+    pack_ids,
+)
 from grokmoe.v1 import attention_pb2 as pb
 from tests import goldens
-from tests.attention_worker.tiny_engine import CONFIG, attention_engine, device, moe, plan
+from tests.attention_worker.tiny_engine import CONFIG, attention_engine, device, moe, plan, run_step
 
 PROMPT = tuple(goldens.PROMPTS["len7"])
 CHUNK = SequenceChunk(PROMPT, 0, (3,), GREEDY)
@@ -140,6 +149,32 @@ def test_steps_one_after_another(tmp_path: Path) -> None:
             await lane.check(0)
             await lane.close()
             assert await lane.status() is grpc.StatusCode.OK
+
+    asyncio.run(main())
+
+
+def test_what_a_step_was_asked_for_comes_over_the_wire(tmp_path: Path) -> None:
+    how = TokenSampling(
+        bias_ids=(4, 77),
+        bias=(float("-inf"), 1e6),
+        penalties=Penalties(1.5, 0.5, 0.25, prompt_ids=pack_ids(PROMPT), output_ids=pack_ids([3, 3])),
+        allowed=b"\xff" * (CONFIG.vocab_size // 8),
+        num_logprobs=3,
+    )
+    chunks = (
+        SequenceChunk(PROMPT, 0, (3,), how, scoring=TokenScoring(1, PROMPT[2:], 2)),
+        SequenceChunk(PROMPT, 0, (4,), TokenSampling(num_logprobs=WHOLE_VOCABULARY)),
+    )
+
+    async def main() -> None:
+        async with worker(tmp_path) as (engine, channel):
+            header, payload = await Lane(engine, channel).run(1, *chunks)
+            expected = run_step(attention_engine(), *chunks)
+            found = result_from_proto(header.result, payload)
+            assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+            assert found.token_ids == (77, FIRST_TOKEN)
+            assert [table.num_top for table in found.logprobs] == [2, 3, CONFIG.vocab_size]
+            assert torch.equal(found.logits, expected.logits)
 
     asyncio.run(main())
 

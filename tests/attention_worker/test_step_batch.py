@@ -25,14 +25,13 @@ def test_rows_follow_the_chunks() -> None:
     assert batch.token_ids_T.tolist() == [11, 12, 13, 14, 15, 16]
     assert batch.positions_T.tolist() == [3, 4, 5, 0, 8, 9]
     assert batch.slots_T.tolist() == [7 * 4 + 3, 2 * 4, 2 * 4 + 1, 5 * 4, 3 * 4, 3 * 4 + 1]
-    assert batch.last_rows_C.tolist() == [2, 3, 5]
-    tensors = (batch.token_ids_T, batch.positions_T, batch.slots_T, batch.last_rows_C)
+    tensors = (batch.token_ids_T, batch.positions_T, batch.slots_T)
     assert {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
 def test_empty() -> None:
     batch = StepBatch.build([], page_size=4)
-    assert len(batch.token_ids_T) == len(batch.slots_T) == len(batch.last_rows_C) == 0
+    assert len(batch.token_ids_T) == len(batch.slots_T) == 0
     assert batch.tile_groups(SHAPE) == ()
 
 
