@@ -23,6 +23,7 @@ check: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/buf format --diff --exit-code proto
 	$(DEV_ENV)/bin/buf breaking proto --against proto/released.binpb
 	$(DEV_ENV)/bin/python tools/make_stubs.py --check
+	$(DEV_ENV)/bin/python tools/make_reference.py --check
 
 stubs: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/python tools/make_stubs.py

@@ -2,7 +2,17 @@
 
 from importlib import metadata as _metadata
 
-from grokmoe.client import AsyncClient, AsyncStream
+from grokmoe.client import AsyncClient
+from grokmoe.cluster_status import (
+    ExpertPlacement,
+    LegLatency,
+    Status,
+    Worker,
+    WorkerRole,
+    WorkerState,
+)
+from grokmoe.connection import ClientOptions
+from grokmoe.credentials import TlsConfig
 from grokmoe.errors import (
     AlreadyExists,
     Cancelled,
@@ -21,21 +31,20 @@ from grokmoe.errors import (
     StartupError,
     Unavailable,
 )
-from grokmoe.options import GenerateOptions
+from grokmoe.logprobs import TokenLogprob, TopLogprobs
+from grokmoe.options import GenerateOptions, ScoreOptions, TokenizeOptions
 from grokmoe.results import (
+    Candidate,
     Completion,
     Delta,
-    ExpertPlacement,
     FinishReason,
-    LegLatency,
     ModelInfo,
-    Status,
+    ScoreResult,
     Timing,
+    Tokens,
     Usage,
-    Worker,
-    WorkerRole,
-    WorkerState,
 )
+from grokmoe.stream import AsyncStream
 from grokmoe.sync_client import Client, Stream
 
 try:
@@ -48,8 +57,10 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "Candidate",
     "CheckpointError",
     "Client",
+    "ClientOptions",
     "Code",
     "Completion",
     "ConfigError",
@@ -68,10 +79,17 @@ __all__ = [
     "Reason",
     "ResourceExhausted",
     "Retryable",
+    "ScoreOptions",
+    "ScoreResult",
     "StartupError",
     "Status",
     "Stream",
     "Timing",
+    "TlsConfig",
+    "TokenLogprob",
+    "TokenizeOptions",
+    "Tokens",
+    "TopLogprobs",
     "Unavailable",
     "Usage",
     "Worker",

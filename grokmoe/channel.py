@@ -58,12 +58,21 @@ class Timeouts:
 
     describe: float = 5.0
     status: float = 5.0
+    tokenize: float = 10.0
     connect: float = 10.0
 
 
 TIMEOUTS = Timeouts()
 
 
-def open_channel(address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Channel:
-    """Opens a channel on the running event loop. address: `host:port`, `unix:/path` or any gRPC target."""
-    return grpc.aio.insecure_channel(address, options=[*CLIENT_OPTIONS, *options])
+def open_channel(
+    address: str, options: Sequence[tuple[str, Any]] = (), credentials: grpc.ChannelCredentials | None = None
+) -> grpc.aio.Channel:
+    """Opens a channel on the running event loop. address: `host:port`, `unix:/path` or any gRPC target.
+
+    credentials: for TLS; None: in the clear.
+    """
+    options = [*CLIENT_OPTIONS, *options]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)

@@ -135,6 +135,7 @@ def result_to_proto(result: StepResult) -> attention_pb2.StepResult:
             )
             for table in result.logprobs
         ],
+        faulty_chunks=result.faulty_chunks,
     )
 
 
@@ -151,4 +152,4 @@ def result_from_proto(proto: attention_pb2.StepResult, logits: Any) -> StepResul
         )
         for table in proto.logprobs
     ]
-    return StepResult(tuple(proto.token_ids), logits, tuple(tables))
+    return StepResult(tuple(proto.token_ids), logits, tuple(tables), tuple(proto.faulty_chunks))

@@ -1,49 +1,37 @@
-"""What the client returns: frozen values, and how they are read from the messages of grokmoe.v1."""
+"""What generation, scoring and tokenisation return: frozen values, and how they are read from grokmoe.v1."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, TypeVar
+import math
+from typing import Any
 
 from grokmoe.errors import InternalError
-from grokmoe.v1 import control_pb2 as control
+from grokmoe.logprobs import TokenLogprob, read_logprobs
+from grokmoe.read_fields import read_fields
 from grokmoe.v1 import generation_pb2 as pb
-
-T = TypeVar("T")
 
 
 class FinishReason(enum.StrEnum):
     """Why generation ended."""
 
     STOP = "stop"
-    """The end-of-sequence id or a stop token id was drawn."""
+    """An end-of-sequence id, a stop token id or a stop string, or the structured output was complete."""
     LENGTH = "length"
     """`max_tokens` or the context was reached."""
+    ABORTED = "aborted"
+    """Somebody named the request in `abort`."""
     UNKNOWN = "unknown"
     """A reason that this version of the client does not know."""
 
 
-class WorkerRole(enum.StrEnum):
-    """What a worker does."""
-
-    ATTENTION = "attention"
-    EXPERT = "expert"
-    UNKNOWN = "unknown"
-
-
-class WorkerState(enum.StrEnum):
-    """Whether the router uses a worker."""
-
-    JOINING = "joining"
-    READY = "ready"
-    SUSPECT = "suspect"
-    UNKNOWN = "unknown"
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that a request cost. `cached_tokens` of the prompt's were found in the prefix cache."""
+    """Tokens that a request cost. `cached_tokens` of the prompt's were found in the prefix cache.
+
+    `completion_tokens` are those of all candidates.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -60,31 +48,110 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer. `token_ids` includes the stop token if there is one; `text` does not."""
+class Candidate:
+    """One continuation. `token_ids` includes the stop token if there is one; `text` does not.
 
-    request_id: str
+    logprobs: one per generated id if they were asked for, else empty.
+    stopped_by: the stop string or the id that ended it; None if something else did.
+    """
+
+    index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
+    stopped_by: int | str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer: `candidates` in order, at least one; the properties are of the first.
+
+    prompt_logprobs: one per token of the prompt if they were asked for, else empty.
+    """
+
+    request_id: str
+    candidates: tuple[Candidate, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
     usage: Usage
     timing: Timing
+
+    @property
+    def text(self) -> str:
+        """Of the first candidate."""
+        return self.candidates[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the first candidate."""
+        return self.candidates[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of the first candidate."""
+        return self.candidates[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Of the first candidate."""
+        return self.candidates[0].finish_reason
+
+    @property
+    def stopped_by(self) -> int | str | None:
+        """Of the first candidate."""
+        return self.candidates[0].stopped_by
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new in a stream. `usage` counts from its start; only the last has `finish_reason` and `timing`."""
+    """What is new of candidate `index` in a stream. Deltas of several candidates come as they are made.
 
+    Only the last of a candidate has `finish_reason`, only the last of the stream `timing`, only the first of
+    candidate 0 `prompt_logprobs`. `usage` counts from the stream's start.
+    """
+
+    index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
+    stopped_by: int | str | None
     usage: Usage
     timing: Timing | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """How likely the model finds a text: one entry per token, and the sum of all but the first."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprob, ...]
+    total_logprob: float
+    usage: Usage
+    timing: Timing
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability of all tokens but the first; nan for a single token."""
+        num_judged = len(self.logprobs) - 1
+        return math.exp(-self.total_logprob / num_judged) if num_judged > 0 else math.nan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text as token ids, and each one's text as the vocabulary has it."""
+
+    token_ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is served. `context_length` bounds prompt and output together; text prompts need `has_tokenizer`."""
+    """What is served. `context_length` bounds prompt and output together; text prompts need `has_tokenizer`.
+
+    bos_token_id: None if the model has none; it is not added to a prompt unless `add_bos` says so.
+    """
 
     name: str
     config_hash: str
@@ -97,74 +164,14 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     has_tokenizer: bool
     dtype: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Worker:
-    """One worker as the router sees it. Experts are an expert worker's, KV pages an attention worker's."""
-
-    role: WorkerRole
-    index: int
-    address: str
-    state: WorkerState
-    incarnation: str
-    device: str
-    experts: tuple[int, ...]
-    num_pages: int
-    used_pages: int
-    cached_pages: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ExpertPlacement:
-    """Indices of the expert workers that hold an expert, preferred first, and the rows sent to it so far."""
-
-    expert: int
-    workers: tuple[int, ...]
-    rows: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LegLatency:
-    """Seconds spent since start in one leg of a step, and how often it was measured."""
-
-    leg: str
-    total_seconds: float
-    count: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Status:
-    """The router's view of the cluster. `waiting` and `running` are sequences now; the counts are since start."""
-
-    workers: tuple[Worker, ...]
-    placement: tuple[ExpertPlacement, ...]
-    waiting: int
-    running: int
-    steps: int
-    preemptions: int
-    legs: tuple[LegLatency, ...]
+    bos_token_id: int | None
 
 
 _FINISH_REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    pb.FINISH_REASON_ABORTED: FinishReason.ABORTED,
 }
-_ROLES: dict[int, WorkerRole] = {
-    control.WORKER_ROLE_ATTENTION: WorkerRole.ATTENTION,
-    control.WORKER_ROLE_EXPERT: WorkerRole.EXPERT,
-}
-_STATES: dict[int, WorkerState] = {
-    control.WORKER_STATE_JOINING: WorkerState.JOINING,
-    control.WORKER_STATE_READY: WorkerState.READY,
-    control.WORKER_STATE_SUSPECT: WorkerState.SUSPECT,
-}
-
-
-def _read(kind: type[T], message: Any, **converted: Any) -> T:
-    """Builds `kind` from the message's fields of the same names; `converted` has those that differ in type."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in converted]  # type: ignore[arg-type]
-    return kind(**{name: getattr(message, name) for name in names}, **converted)
 
 
 def _finish_reason(number: int) -> FinishReason | None:
@@ -173,55 +180,75 @@ def _finish_reason(number: int) -> FinishReason | None:
     return _FINISH_REASONS.get(number, FinishReason.UNKNOWN)
 
 
-def read_completion(message: pb.GenerateResponse) -> Completion:
-    """InternalError if the server did not say why generation ended."""
+def _stopped_by(message: pb.Candidate | pb.StreamGenerateResponse) -> Any:
+    which = message.WhichOneof("stopped_by")
+    return None if which is None else getattr(message, which)
+
+
+def _read_candidate(message: pb.Candidate) -> Candidate:
     finish_reason = _finish_reason(message.finish_reason)
     if finish_reason is None:
         raise InternalError("the server answered without a finish reason")
-    return _read(
-        Completion,
+    return read_fields(
+        Candidate,
         message,
         token_ids=tuple(message.token_ids),
+        logprobs=read_logprobs(message.logprobs),
         finish_reason=finish_reason,
-        usage=_read(Usage, message.usage),
-        timing=_read(Timing, message.timing),
+        stopped_by=_stopped_by(message),
+    )
+
+
+def read_completion(message: pb.GenerateResponse) -> Completion:
+    """InternalError if there is no candidate, or one without a reason why it ended."""
+    if not message.candidates:
+        raise InternalError("the server answered without a candidate")
+    return read_fields(
+        Completion,
+        message,
+        candidates=tuple(map(_read_candidate, message.candidates)),
+        prompt_logprobs=read_logprobs(message.prompt_logprobs),
+        usage=read_fields(Usage, message.usage),
+        timing=read_fields(Timing, message.timing),
     )
 
 
 def read_delta(message: pb.StreamGenerateResponse) -> Delta:
     """One message of a stream."""
-    finish_reason = _finish_reason(message.finish_reason)
     return Delta(
+        index=message.index,
         text=message.text_delta,
         token_ids=tuple(message.token_ids),
-        finish_reason=finish_reason,
-        usage=_read(Usage, message.usage),
-        timing=None if finish_reason is None else _read(Timing, message.timing),
+        logprobs=read_logprobs(message.logprobs),
+        prompt_logprobs=read_logprobs(message.prompt_logprobs),
+        finish_reason=_finish_reason(message.finish_reason),
+        stopped_by=_stopped_by(message),
+        usage=read_fields(Usage, message.usage),
+        timing=read_fields(Timing, message.timing) if message.HasField("timing") else None,
     )
+
+
+def read_score(message: pb.ScoreResponse) -> ScoreResult:
+    """The judgement of one text."""
+    return read_fields(
+        ScoreResult,
+        message,
+        logprobs=read_logprobs(message.logprobs),
+        usage=read_fields(Usage, message.usage),
+        timing=read_fields(Timing, message.timing),
+    )
+
+
+def read_tokens(message: pb.TokenizeResponse) -> Tokens:
+    """The tokens of a text."""
+    return Tokens(tuple(message.token_ids), tuple(message.pieces))
 
 
 def read_model(message: pb.GetModelResponse) -> ModelInfo:
     """What is served."""
-    return _read(ModelInfo, message, eos_token_ids=tuple(message.eos_token_ids))
-
-
-def read_status(message: control.GetStatusResponse) -> Status:
-    """The router's view of the cluster."""
-    workers = (
-        _read(
-            Worker,
-            worker,
-            role=_ROLES.get(worker.role, WorkerRole.UNKNOWN),
-            state=_STATES.get(worker.state, WorkerState.UNKNOWN),
-            experts=tuple(worker.experts),
-        )
-        for worker in message.workers
-    )
-    placement = (_read(ExpertPlacement, entry, workers=tuple(entry.workers)) for entry in message.placement)
-    return _read(
-        Status,
+    return read_fields(
+        ModelInfo,
         message,
-        workers=tuple(workers),
-        placement=tuple(placement),
-        legs=tuple(_read(LegLatency, leg) for leg in message.legs),
+        eos_token_ids=tuple(message.eos_token_ids),
+        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
     )

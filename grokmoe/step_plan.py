@@ -146,8 +146,11 @@ class StepResult:
     logits: what was asked for over the whole vocabulary: float32 tensor [rows, vocab], or None. In the order of the
         chunks, and of each chunk: its logits, the log-probabilities of its scoring, those of its drawn token.
     logprobs: in the order of the chunks; of each the table of its scoring, then the one of its drawn token.
+    faulty_chunks: chunks, by their place in the plan, that came out as something that is not finite. Nothing that was
+        computed of them, keys and values included, may be used.
     """
 
     token_ids: tuple[int, ...]
     logits: Any = None
     logprobs: tuple[LogprobTable, ...] = ()
+    faulty_chunks: tuple[int, ...] = ()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from grokmoe.channel import TIMEOUTS
-from grokmoe.client import GENERATE_TIMEOUT, AsyncClient, AsyncStream
+from grokmoe.client import AsyncClient
+from grokmoe.cluster_status import Status
+from grokmoe.connection import ClientOptions
 from grokmoe.errors import Cancelled
-from grokmoe.options import GenerateOptions, Prompt
-from grokmoe.results import Completion, Delta, ModelInfo, Status
+from grokmoe.options import GenerateOptions, Prompt, ScoreOptions, TokenizeOptions
+from grokmoe.results import Completion, Delta, ModelInfo, ScoreResult, Tokens
+from grokmoe.stream import AsyncStream
 
 T = TypeVar("T")
 
@@ -126,13 +129,13 @@ class Client:
     has one background thread, from its making until `close()`.
     """
 
-    def __init__(self, address: str, *, timeout: float = GENERATE_TIMEOUT) -> None:
-        self._client = AsyncClient(address, timeout=timeout)
+    def __init__(self, address: str | Sequence[str], **options: Unpack[ClientOptions]) -> None:
+        self._client = AsyncClient(address, **options)
         self._thread = _LoopThread(self._client)
 
     @property
     def address(self) -> str:
-        """As given."""
+        """As given; several with commas."""
         return self._client.address
 
     def generate(
@@ -149,6 +152,25 @@ class Client:
 
         return Stream(self._thread, self._thread.run(begin()))
 
+    def score(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[ScoreOptions]) -> ScoreResult:
+        """How likely the model finds a text. See `AsyncClient.score`."""
+        return self._thread.run(self._client.score(prompt, timeout=timeout, **options))
+
+    def tokenize(self, text: str, *, timeout: float = TIMEOUTS.tokenize, **options: Unpack[TokenizeOptions]) -> Tokens:
+        """The token ids of a text. See `AsyncClient.tokenize`."""
+        return self._thread.run(self._client.tokenize(text, timeout=timeout, **options))
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        timeout: float = TIMEOUTS.tokenize,
+    ) -> str:
+        """The text of token ids. See `AsyncClient.detokenize`."""
+        call = self._client.detokenize(token_ids, skip_special_tokens=skip_special_tokens, timeout=timeout)
+        return self._thread.run(call)
+
     def model(self, *, timeout: float = TIMEOUTS.describe) -> ModelInfo:
         """What is served. timeout: seconds."""
         return self._thread.run(self._client.model(timeout=timeout))
@@ -156,6 +178,10 @@ class Client:
     def status(self, *, timeout: float = TIMEOUTS.status) -> Status:
         """Workers, placement and load. timeout: seconds."""
         return self._thread.run(self._client.status(timeout=timeout))
+
+    def abort(self, request_ids: str | Sequence[str], *, timeout: float = TIMEOUTS.status) -> tuple[str, ...]:
+        """Ends live requests, whoever sent them. See `AsyncClient.abort`."""
+        return self._thread.run(self._client.abort(request_ids, timeout=timeout))
 
     def wait_ready(self, timeout: float) -> None:
         """Returns when the service accepts generations. See `AsyncClient.wait_ready`."""

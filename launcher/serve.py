@@ -19,9 +19,10 @@ from grokmoe.device_thread import DeviceThread
 from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, log_to_stderr, run
 from grokmoe.settings import setting
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
+from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, free_port, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from router.config import RouterSettings
-from router.loading import build_engine, build_service, load_model
+from router.loading import build_engine, build_services, load_model
 from router.moe import LocalExperts
 from router.transport.base import AttentionInfo
 from router.transport.local import LocalAttentionLink
@@ -43,11 +44,14 @@ class ServeSettings:
     max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
     max_running: int = setting(256, "sequences that hold KV pages at the same time")
     max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    openai: bool = setting(False, "serve the OpenAI HTTP API too, by a gateway in a process of its own")
+    openai_port: int = setting(DEFAULT_OPENAI_PORT, "port of the OpenAI HTTP API; 0: any free one")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         check_port("port", self.port)
+        check_port("openai_port", self.openai_port)
 
 
 def describe(engine: AttentionEngine) -> AttentionInfo:
@@ -79,6 +83,10 @@ def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertM
 async def serve(settings: ServeSettings) -> None:
     """Loads the model and serves until a signal comes. Raises StartupError."""
     log_to_stderr(settings.log_level)
+    port = settings.port
+    if settings.openai:
+        check_can_start(settings.model)
+        port = port or free_port(settings.host)  # the gateway must know it
     num_threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)  # this thread's; the device thread has the team (attention_worker/loading.py)
     registry = new_registry()
@@ -105,7 +113,7 @@ async def serve(settings: ServeSettings) -> None:
     link = LocalAttentionLink(attention, describe(attention))
     engine = build_engine(model, router, [link], RouterMetrics(registry), experts)
     server = ServerSettings(
-        listen=f"{settings.host}:{settings.port}",
+        listen=f"{settings.host}:{port}",
         metrics_port=settings.metrics_port,
         exit_on_stdin_eof=settings.exit_on_stdin_eof,
     )
@@ -115,6 +123,12 @@ async def serve(settings: ServeSettings) -> None:
         print(f"serving {model.name} in {settings.dtype}, all roles in this process", file=sys.stderr, flush=True)
 
     try:
-        await run(server, [build_service(model, engine).as_service()], registry, before_ready=join)
+        gateway = None
+        if settings.openai:
+            gateway = gateway_process(
+                server.listen, settings.model, settings.host, settings.openai_port, settings.log_level
+            )
+        serving = run(server, build_services(model, engine, router), registry, before_ready=join)
+        await (serve_with(gateway, serving) if gateway else serving)
     finally:
         await engine.close()

@@ -19,6 +19,7 @@ from grokmoe.errors import ConfigError
 from grokmoe.model_config import ModelConfig
 from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, stop_signal
 from grokmoe.settings import setting, to_flags
+from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from launcher.process import RoleProcess
 from router.config import RouterSettings, read_placement
@@ -51,10 +52,13 @@ class UpSettings:
         "empty: spread evenly",
         metavar="FILE",
     )
+    openai: bool = setting(False, "serve the OpenAI HTTP API too, by a gateway in front of the router")
+    openai_port: int = setting(DEFAULT_OPENAI_PORT, "port of the OpenAI HTTP API; 0: any free one")
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         check_port("port", self.port)
+        check_port("openai_port", self.openai_port)
         if self.attention < 1:
             raise ConfigError(f"attention is {self.attention}, must be at least 1")
         if self.state and not Path(self.state).resolve().parent.is_dir():
@@ -212,6 +216,8 @@ def _share(num_workers: int) -> int:
 
 async def up(settings: UpSettings) -> int:
     """Runs the cluster until a signal comes or its router ends. Returns the exit code. Raises StartupError."""
+    if settings.openai:
+        check_can_start(settings.model)
     stop = stop_signal()
 
     cluster = Cluster(settings, lambda line: print(line, flush=True))
@@ -225,7 +231,12 @@ async def up(settings: UpSettings) -> int:
             return 0
         await starting
         print(f"READY {cluster.address}", flush=True)
-        return await _watch(cluster, stopping)
+        if not settings.openai:
+            return await _watch(cluster, stopping)
+        gateway = gateway_process(
+            cluster.address, settings.model, settings.host, settings.openai_port, settings.log_level
+        )
+        return await serve_with(gateway, _watch(cluster, stopping))
     finally:
         stopping.cancel()
         await cluster.stop()

@@ -25,6 +25,7 @@ from router.moe import Gates, LocalExperts, LocalMoe, RemoteMoe, RowCounter
 from router.service import GenerationService
 from router.transport.base import AttentionLink, ExpertLink, Hole
 from router.transport.grpc_expert import GrpcExpertLink
+from router.vllm_engine import vllm_engine_service
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +91,10 @@ def build_engine(
 
 def build_services(model: RouterModel, engine: Engine, settings: RouterSettings) -> list[Service]:
     """What clients see of an engine: inference, control, and the ecosystem's service where its stubs are installed."""
+    dtype = str(model.dtype).removeprefix("torch.")
     generation = GenerationService(
-        engine,
-        model.tokenizer,
-        model.name,
-        str(model.dtype).removeprefix("torch."),
-        refuses_control_symbols=settings.refuse_control_symbols,
+        engine, model.tokenizer, model.name, dtype, refuses_control_symbols=settings.refuse_control_symbols
     )
-    return [generation.as_service(), ControlService(engine).as_service()]
+    services = [generation.as_service(), ControlService(engine).as_service()]
+    ecosystem = vllm_engine_service(generation, engine, model.name, dtype, settings.model)
+    return services if ecosystem is None else [*services, ecosystem]

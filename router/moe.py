@@ -69,20 +69,26 @@ class RemoteMoe:
         compute: DeviceThread,
         lane: int,
         legs: Legs,
+        deadline: float | None = None,
     ) -> None:
-        self._config, self._gates, self._pool = config, gates, pool
+        """deadline: when nobody waits for the step any more, monotonic; None: the pool's own limits."""
+        self._config, self._gates, self._pool, self._deadline = config, gates, pool, deadline
         self._counter, self._compute, self._lane, self._legs = counter, compute, lane, legs
 
     async def fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
-        """MoE input -> MoE output. Raises Unavailable when an expert has no replica left."""
-        workers = await self._pool.choose(layer)
+        """MoE input -> MoE output. Raises ExpertsUnavailable when an expert that a row needs has no replica left.
+
+        Workers are chosen before the gate says which experts are needed: that is one hand-over to the compute thread
+        and not two. An expert without a worker costs nothing unless rows turn out to be for it.
+        """
+        workers = self._pool.choose(layer)
         inline = x_TD.numel() <= INLINE_ELEMENTS
         if inline:
             plan, rows_ND = self._scatter(layer, x_TD, workers)
         else:
             plan, rows_ND = await self._compute.run(self._scatter, layer, x_TD, workers)
         self._counter.add(layer, plan)
-        out_ND = await self._pool.forward(self._lane, layer, plan.shards, rows_ND, self._legs)
+        out_ND = await self._pool.forward(self._lane, layer, plan.shards, rows_ND, self._legs, self._deadline)
         if inline:
             return self._combine(plan, out_ND)
         return await self._compute.run(self._combine, plan, out_ND)

@@ -13,6 +13,8 @@ _STATE = {
     WorkerState.JOINING: pb.WORKER_STATE_JOINING,
     WorkerState.READY: pb.WORKER_STATE_READY,
     WorkerState.SUSPECT: pb.WORKER_STATE_SUSPECT,
+    WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
+    WorkerState.DEAD: pb.WORKER_STATE_DEAD,
 }
 
 

@@ -35,7 +35,8 @@ from router.engine import Engine
 from router.loading import build_engine, load_model
 from router.placement import spread
 from router.sequence import Request
-from router.transport.grpc import GrpcAttentionLink, GrpcExpertLink
+from router.transport.grpc_attention import GrpcAttentionLink
+from router.transport.grpc_expert import GrpcExpertLink
 from router.transport.local import LocalAttentionLink
 
 

@@ -18,8 +18,9 @@ from router.structured.vocabulary import Vocabulary
 MAX_BYTES = 64 * 1024
 """Of a schema, an expression, a grammar, or all choices together."""
 MAX_CACHED_GRAMMARS = 64
-MAX_WHITESPACE = 40
-"""Characters of white space in a row in JSON; without a bound a weak model writes nothing else."""
+JSON_WHITE_SPACE = r" |\n {0,24}"
+"""What may stand between two parts of JSON: a space, or the end of a line and an indentation. Without a bound a weak
+model writes nothing but white space."""
 
 _REGEX_SYNTAX = frozenset(r"\.+*?()|[]{}^$#&-~/")
 
@@ -130,8 +131,7 @@ def _json(schema: str) -> str:
     """ValueError when it is not JSON."""
     if schema.strip() == "true":
         schema = "{}"  # the same, and an object, which options need
-    white_space = rf"[ \t\n\r]{{1,{MAX_WHITESPACE}}}"
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": white_space})
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_WHITE_SPACE})
 
 
 def _literal(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from grokmoe.errors import InternalError
 from grokmoe.step_plan import StepPlan, StepResult
 from router.legs import Legs
 from router.placement import ExpertLayers
@@ -40,6 +41,7 @@ class ExpertInfo:
     experts: tuple[ExpertLayers, ...]
     max_rows: int
     device: str
+    is_draining: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ class ExpertReply:
     rows_ND: torch.Tensor
     queue: float
     compute: float
+
+
+class CorruptReply(InternalError):
+    """A worker's answer that cannot be one: it contradicts itself, or what was asked."""
 
 
 class Hole(Protocol):
@@ -93,12 +99,24 @@ class ExpertLink(Protocol):
         """Asks the worker what it is. Raises Unavailable when it cannot be reached."""
 
     async def forward(
-        self, lane: int, layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+        self,
+        lane: int,
+        layer: int,
+        expert_ids: tuple[int, ...],
+        counts: tuple[int, ...],
+        rows_ND: torch.Tensor,
+        timeout: float | None = None,
     ) -> ExpertReply:
         """Sends rows sorted by expert through the experts of a layer.
 
-        Raises Unavailable when the worker is lost or too slow, InvalidRequest when it refuses the request.
+        timeout: seconds after which the worker need not begin any more, because nobody waits for the answer. Waiting
+        no longer is the caller's part; a call that is cancelled leaves the others alone, and its answer is discarded.
+        Raises Unavailable when the worker is lost or about to end, DeadlineExceeded when it had no time to begin,
+        CorruptReply when its answer contradicts itself, InvalidRequest when it refuses the request.
         """
+
+    def reset(self, lane: int) -> None:
+        """Abandons all that is under way on a lane, and what the worker still owes: those calls are Unavailable."""
 
     async def close(self) -> None:
         """Ends all lanes."""

@@ -107,9 +107,15 @@ class LocalExpertLink:
         return self._info
 
     async def forward(
-        self, lane: int, layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+        self,
+        lane: int,
+        layer: int,
+        expert_ids: tuple[int, ...],
+        counts: tuple[int, ...],
+        rows_ND: torch.Tensor,
+        timeout: float | None = None,
     ) -> ExpertReply:
-        """See ExpertLink."""
+        """See ExpertLink. A call that nobody waits for is computed all the same."""
         asked = time.perf_counter()
 
         def compute() -> ExpertReply:
@@ -118,6 +124,9 @@ class LocalExpertLink:
             return ExpertReply(out_ND, begin - asked, time.perf_counter() - begin)
 
         return await self._device.run(compute)
+
+    def reset(self, lane: int) -> None:
+        """See ExpertLink. A lane keeps nothing here."""
 
     async def close(self) -> None:
         """See ExpertLink."""

@@ -156,12 +156,18 @@ class ExpertDouble(LocalExpertLink):
         return self.info
 
     async def forward(
-        self, lane: int, layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+        self,
+        lane: int,
+        layer: int,
+        expert_ids: tuple[int, ...],
+        counts: tuple[int, ...],
+        rows_ND: torch.Tensor,
+        timeout: float | None = None,
     ) -> ExpertReply:
         self.calls.append((layer, expert_ids))
         if not self.is_up:
             raise Unavailable("away")
-        return await super().forward(lane, layer, expert_ids, counts, rows_ND)
+        return await super().forward(lane, layer, expert_ids, counts, rows_ND, timeout)
 
 
 @contextlib.asynccontextmanager

@@ -1,17 +1,19 @@
-"""A scripted Generation service on a thread of its own: the text of the prompt says what it does."""
+"""Scripted Generation and Control services on a thread of their own: the text of the prompt says what they do."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from grokmoe.errors import (
+    AlreadyExists,
     Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
@@ -19,21 +21,24 @@ from grokmoe.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    Reason,
     ResourceExhausted,
     Unavailable,
 )
 from grokmoe.status import to_status
+from grokmoe.v1 import control_pb2, control_pb2_grpc, generation_pb2_grpc
 from grokmoe.v1 import generation_pb2 as pb
-from grokmoe.v1 import generation_pb2_grpc
 
 SERVICE = "grokmoe.v1.Generation"
 PIECES = (("Hel", (5, 6)), ("", (7,)), ("lo", (8,)))
+"""What every candidate is, delta by delta; candidate i > 0 has its index after each text."""
+VOCAB_SIZE = 512
 USAGE = pb.Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=4)
 TIMING = pb.Timing(queue_seconds=0.25, first_token_seconds=0.5, total_seconds=1.5)
 MODEL = pb.GetModelResponse(
     name="tiny",
     config_hash="abc",
-    vocab_size=512,
+    vocab_size=VOCAB_SIZE,
     context_length=64,
     num_layers=2,
     num_experts=8,
@@ -42,33 +47,42 @@ MODEL = pb.GetModelResponse(
     eos_token_ids=[2, 9],
     has_tokenizer=True,
     dtype="float32",
+    bos_token_id=1,
 )
-STATUS = pb.GetStatusResponse(
+STATUS = control_pb2.GetStatusResponse(
     workers=[
-        pb.Worker(
-            role=pb.WORKER_ROLE_ATTENTION,
+        control_pb2.Worker(
+            role=control_pb2.WORKER_ROLE_ATTENTION,
             address="a:1",
-            state=pb.WORKER_STATE_READY,
+            state=control_pb2.WORKER_STATE_READY,
             incarnation="i",
             device="cpu",
             num_pages=10,
             used_pages=4,
             cached_pages=3,
         ),
-        pb.Worker(role=pb.WORKER_ROLE_EXPERT, index=1, address="e:1", state=pb.WORKER_STATE_SUSPECT, experts=[0, 1]),
-        pb.Worker(role=77, state=78),  # from a newer server
+        control_pb2.Worker(
+            role=control_pb2.WORKER_ROLE_EXPERT,
+            index=1,
+            address="e:1",
+            state=control_pb2.WORKER_STATE_SUSPECT,
+            experts=[0, 1],
+        ),
+        control_pb2.Worker(role=77, state=78),  # from a newer server
     ],
-    placement=[pb.ExpertPlacement(expert=1, workers=[1, 0], rows=99)],
+    placement=[control_pb2.ExpertPlacement(expert=1, workers=[1, 0], rows=99)],
     waiting=1,
     running=2,
     steps=3,
     preemptions=4,
-    legs=[pb.LegLatency(leg="wire", total_seconds=0.5, count=6)],
+    legs=[control_pb2.LegLatency(leg="wire", total_seconds=0.5, count=6)],
 )
 ERRORS: dict[str, GrokmoeError] = {
     "invalid": InvalidRequest("sampling.top_p", "1.5 is not in (0, 1]"),
+    "conflict": InvalidRequest("structured", "not with ignore_eos", reason=Reason.CONFLICTING_FIELDS),
     "missing": NotFound("no such model"),
-    "full": ResourceExhausted("queue full", retry_after=2.5),
+    "twice": AlreadyExists("this request is alive"),
+    "full": ResourceExhausted("queue full", retry_after=2.5, reason=Reason.QUEUE_FULL),
     "precondition": FailedPrecondition("another incarnation"),
     "away": Unavailable("an expert is missing", retry_after=0.5),
     "late": DeadlineExceeded("too late"),
@@ -77,21 +91,66 @@ ERRORS: dict[str, GrokmoeError] = {
 }
 
 
-class FakeGeneration(generation_pb2_grpc.GenerationServicer):
-    """Records what arrives. `cancelled` is set when a call that would run for ever is cancelled."""
+def logprobs_of(token_ids: Sequence[int], count: int | None) -> list[pb.TokenLogprobs]:
+    """Made up: the token drawn is the second of those asked for."""
+    if count is None:
+        return []
+    made = []
+    for token_id in token_ids:
+        message = pb.TokenLogprobs(token_id=token_id, logprob=-1.5, rank=2)
+        if count < 0:
+            message.top_logprobs.extend(-0.25 * id_ for id_ in range(VOCAB_SIZE))
+        else:
+            message.top_token_ids.extend(range(100, 100 + count))
+            message.top_logprobs.extend(-1.0 - place for place in range(count))
+        made.append(message)
+    return made
+
+
+def prompt_logprobs_of(token_ids: Sequence[int], count: int | None) -> list[pb.TokenLogprobs]:
+    """As above; nothing precedes the first."""
+    made = logprobs_of(token_ids, count)
+    for message in made[:1]:
+        message.Clear()
+        message.token_id = token_ids[0]
+    return made
+
+
+def optional(message: Any, name: str) -> Any:
+    """A field's value, None if it is unset."""
+    return getattr(message, name) if message.HasField(name) else None
+
+
+class FakeGeneration(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.ControlServicer):
+    """Records what arrives. `cancelled` is set when a call that would run for ever is cancelled.
+
+    failures: what the next calls end with, one each, before anything else happens: an error of ours, or a gRPC code
+        without details.
+    """
 
     def __init__(self) -> None:
-        self.requests: list[pb.GenerateRequest] = []
+        self.requests: list[Any] = []
         self.deadlines: list[float] = []
+        self.metadata: list[dict[str, str | bytes]] = []
+        self.times: list[float] = []
+        self.failures: list[GrokmoeError | grpc.StatusCode] = []
         self.running = threading.Event()
         self.cancelled = threading.Event()
 
-    async def _begin(self, request: pb.GenerateRequest, context: Any) -> None:
+    async def _begin(self, request: Any, context: Any) -> None:
+        self.times.append(time.monotonic())
         self.requests.append(request)
         self.deadlines.append(context.time_remaining())
-        if request.text in ERRORS:
-            await context.abort_with_status(to_status(ERRORS[request.text]))
-        if request.text == "unauthenticated":
+        self.metadata.append(dict(context.invocation_metadata()))
+        failure = self.failures.pop(0) if self.failures else None
+        if isinstance(failure, GrokmoeError):
+            await context.abort_with_status(to_status(failure))
+        elif failure is not None:
+            await context.abort(failure, "scripted")
+        text = getattr(request, "text", "")
+        if text in ERRORS:
+            await context.abort_with_status(to_status(ERRORS[text]))
+        if text == "unauthenticated":
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you")
 
     async def _run_for_ever(self) -> None:
@@ -106,12 +165,24 @@ class FakeGeneration(generation_pb2_grpc.GenerationServicer):
         await self._begin(request, context)
         if request.text == "forever":
             await self._run_for_ever()
-        reason = {"no reason": 0, "new reason": 9}.get(request.text, pb.FINISH_REASON_STOP)
+        reason = {"no reason": 0, "new reason": 9, "aborted": pb.FINISH_REASON_ABORTED}.get(
+            request.text, pb.FINISH_REASON_STOP
+        )
+        token_ids = [token_id for _, token_ids in PIECES for token_id in token_ids]
         return pb.GenerateResponse(
             request_id=request.request_id or "drawn",
-            text="".join(text for text, _ in PIECES),
-            token_ids=[token_id for _, token_ids in PIECES for token_id in token_ids],
-            finish_reason=reason,
+            candidates=[
+                pb.Candidate(
+                    index=index,
+                    text="".join(piece_of(text, index) for text, _ in PIECES),
+                    token_ids=token_ids,
+                    logprobs=logprobs_of(token_ids, optional(request.response, "logprobs")),
+                    finish_reason=reason,
+                    **stopped_by(request),
+                )
+                for index in range(0 if request.text == "no candidate" else request.sampling.n or 1)
+            ],
+            prompt_logprobs=prompt_logprobs_of([3, 4], optional(request.response, "prompt_logprobs")),
             usage=USAGE,
             timing=TIMING,
         )
@@ -121,37 +192,100 @@ class FakeGeneration(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         await self._begin(request.generate, context)
         text = request.generate.text
-        request_id = request.generate.request_id or "drawn"
+        n = request.generate.sampling.n or 1
         count = 0
         for piece, token_ids in PIECES:
             count += len(token_ids)
-            usage = pb.Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=count)
-            message = pb.StreamGenerateResponse(
-                request_id=request_id, text_delta=piece, token_ids=token_ids, usage=usage
-            )
-            if count == USAGE.completion_tokens and text != "no reason":
-                message.finish_reason = pb.FINISH_REASON_LENGTH
-                message.timing.CopyFrom(TIMING)
-            yield message
+            is_last = count == USAGE.completion_tokens and text != "no reason"
+            for index in range(n):
+                message = pb.StreamGenerateResponse(
+                    request_id=request.generate.request_id or "drawn",
+                    index=index,
+                    text_delta=piece_of(piece, index),
+                    token_ids=token_ids,
+                    logprobs=logprobs_of(token_ids, optional(request.generate.response, "logprobs")),
+                    usage=pb.Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=count),
+                )
+                if piece == PIECES[0][0] and index == 0:
+                    asked = optional(request.generate.response, "prompt_logprobs")
+                    message.prompt_logprobs.extend(prompt_logprobs_of([3, 4], asked))
+                if is_last:
+                    message.finish_reason = pb.FINISH_REASON_STOP if n > 1 else pb.FINISH_REASON_LENGTH
+                    message.MergeFrom(pb.StreamGenerateResponse(**stopped_by(request.generate)))
+                    if index == n - 1:
+                        message.timing.CopyFrom(TIMING)
+                if text == "another candidate":
+                    message.index = 7
+                yield message
             if text == "breaks":
                 await context.abort_with_status(to_status(ERRORS["away"]))
             if text == "forever":
                 await self._run_for_ever()
+        if text == "goes on":
+            yield message
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        await self._begin(request, context)
+        token_ids = list(request.token_ids.ids) or list(request.text.encode())
+        return pb.ScoreResponse(
+            request_id=request.request_id or "drawn",
+            logprobs=prompt_logprobs_of(token_ids, request.top_logprobs),
+            total_logprob=-1.5 * (len(token_ids) - 1),
+            usage=USAGE,
+            timing=TIMING,
+        )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        await self._begin(request, context)
+        return pb.TokenizeResponse(token_ids=list(request.text.encode()), pieces=list(request.text))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        await self._begin(request, context)
+        return pb.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        await self._begin(request, context)
         return MODEL
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+    async def GetStatus(self, request: control_pb2.GetStatusRequest, context: Any) -> control_pb2.GetStatusResponse:
+        await self._begin(request, context)
         return STATUS
+
+    async def Abort(self, request: control_pb2.AbortRequest, context: Any) -> control_pb2.AbortResponse:
+        await self._begin(request, context)
+        return control_pb2.AbortResponse(aborted_ids=[id_ for id_ in request.request_ids if id_.startswith("alive")])
+
+
+def piece_of(text: str, index: int) -> str:
+    """A candidate's own text of a piece."""
+    return f"{text}{index or ''}"
+
+
+def stopped_by(request: pb.GenerateRequest) -> dict[str, Any]:
+    """The first stop string or stop token id of the request, if it has one."""
+    if request.stopping.stop_strings:
+        return {"stop_string": request.stopping.stop_strings[0]}
+    if request.stopping.stop_token_ids:
+        return {"stop_token_id": request.stopping.stop_token_ids[0]}
+    return {}
 
 
 class FakeServer:
-    """Serves a FakeGeneration while its `with` block runs. address: where, with port 0 for any."""
+    """Serves a FakeGeneration while its `with` block runs.
 
-    def __init__(self, address: str = "127.0.0.1:0", serving: bool = True) -> None:
+    address: where, with port 0 for any. credentials: for TLS.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:0",
+        serving: bool = True,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         self.generation = FakeGeneration()
         self.address = address
         self._serving = serving
+        self._credentials = credentials
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="fake-server")
 
@@ -162,10 +296,14 @@ class FakeServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         generation_pb2_grpc.add_GenerationServicer_to_server(self.generation, server)
+        control_pb2_grpc.add_ControlServicer_to_server(self.generation, server)
         await self._set_serving(self._serving)
-        port = server.add_insecure_port(self.address)
+        if self._credentials is None:
+            port = server.add_insecure_port(self.address)
+        else:
+            port = server.add_secure_port(self.address, self._credentials)
         if not self.address.startswith("unix:"):
-            self.address = f"127.0.0.1:{port}"
+            self.address = f"{self.address.rpartition(':')[0]}:{port}"
         await server.start()
         self._started.set_result(None)
         await self._stop.wait()
