@@ -8,6 +8,7 @@ its `asyncio.CancelledError`.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -38,6 +39,7 @@ from grokmoe.results import (
     read_score,
     read_tokens,
 )
+from grokmoe.resumption import Resumption
 from grokmoe.retry import Attempts, check_retries
 from grokmoe.stream import AsyncStream
 from grokmoe.target import SERVICE
@@ -108,10 +110,24 @@ class AsyncClient:
         return read_completion(await connection.ask(connection.generation.Generate, request, self._attempts(timeout)))
 
     def stream(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        resume: bool = False,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncStream:
-        """Continues a prompt and answers token by token. Arguments and errors are those of `generate`."""
-        return AsyncStream(self._connect(), build_request(prompt, **options), self._attempts(timeout))
+        """Continues a prompt and answers token by token. Arguments and errors are those of `generate`.
+
+        resume: when the connection breaks in the middle, ask again, this server or another of the list, until the
+            deadline, to go on after the tokens received. No token comes twice and none is left out. Not with `n` above
+            1, `echo` or `prompt_logprobs`.
+        """
+        request = build_request(prompt, **options)
+        if not resume:
+            return AsyncStream(self._connect(), request, self._attempts(timeout))
+        attempts = Attempts(sys.maxsize, self.timeout if timeout is None else timeout)
+        return AsyncStream(self._connect(), request, attempts, Resumption(request))
 
     async def score(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[ScoreOptions]

@@ -10,6 +10,7 @@ from grokmoe.completion_builder import CompletionBuilder
 from grokmoe.connection import Connection, typed_errors
 from grokmoe.errors import Cancelled, GrokmoeError, InternalError
 from grokmoe.results import Completion, Delta, read_delta
+from grokmoe.resumption import Resumption
 from grokmoe.retry import Attempts
 from grokmoe.v1 import generation_pb2 as pb
 
@@ -19,25 +20,34 @@ class AsyncStream:
 
     Leaving it early, `aclose()`, or the end of an `async with` block around it cancels the generation at the
     server; so does cancelling a task that waits for a delta. Errors are those of `AsyncClient.generate`; after one,
-    and after the end, there are no more deltas. What fails before the first delta is tried again, later nothing is.
+    and after the end, there are no more deltas. What fails before the first delta is tried again; what fails later only
+    with a resumption.
     """
 
-    def __init__(self, connection: Connection, request: pb.GenerateRequest, attempts: Attempts) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        request: pb.GenerateRequest,
+        attempts: Attempts,
+        resumption: Resumption | None = None,
+    ) -> None:
         self._ended = False
         self._received = False
         self._call: Any = None
         """What can be cancelled: the call, or the pause before the next attempt."""
         self._loop = connection.loop
         self._connection = connection
-        self._request = pb.StreamGenerateRequest(generate=request)
+        self._request = request
         self._attempts = attempts
+        self._resumption = resumption
         self._builder = CompletionBuilder(request.sampling.n if request.sampling.HasField("n") else 1)
         self.request_id = ""
         """As given, or as the server drew it; empty before the first delta."""
         self._begin()
 
     def _begin(self) -> None:
-        self._call = self._connection.begin(self._connection.generation.StreamGenerate, self._request, self._attempts)
+        request = pb.StreamGenerateRequest(generate=self._request)
+        self._call = self._connection.begin(self._connection.generation.StreamGenerate, request, self._attempts)
         self._messages = aiter(self._call)
 
     def __aiter__(self) -> Self:
@@ -51,6 +61,8 @@ class AsyncStream:
             if message is None and not self._builder.is_complete:
                 raise InternalError("the server ended the stream without a finish reason")
             if message is not None:
+                if self._resumption is not None:
+                    self._resumption.add(message)
                 delta = read_delta(message)
                 self._builder.add(delta)
         except BaseException:
@@ -70,7 +82,8 @@ class AsyncStream:
                 with typed_errors():
                     return await anext(self._messages, None)
             except GrokmoeError as error:
-                delay = None if self._received else self._attempts.delay_after(error)
+                is_final = self._received and self._resumption is None
+                delay = None if is_final else self._attempts.delay_after(error)
                 if delay is None:
                     raise
             self._call = self._connection.pause(delay)

@@ -144,11 +144,18 @@ class Client:
         """Continues a prompt and answers once. See `AsyncClient.generate`."""
         return self._thread.run(self._client.generate(prompt, timeout=timeout, **options))
 
-    def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Stream:
-        """Continues a prompt and answers token by token. Arguments and errors are those of `generate`."""
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        resume: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream:
+        """Continues a prompt and answers token by token. See `AsyncClient.stream`."""
 
         async def begin() -> AsyncStream:
-            return self._client.stream(prompt, timeout=timeout, **options)
+            return self._client.stream(prompt, timeout=timeout, resume=resume, **options)
 
         return Stream(self._thread, self._thread.run(begin()))
 

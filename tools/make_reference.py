@@ -60,6 +60,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "Retryable",
         "ResourceExhausted",
         "Unavailable",
+        "Unauthenticated",
+        "PermissionDenied",
         "FailedPrecondition",
         "DeadlineExceeded",
         "Cancelled",

@@ -29,6 +29,13 @@ def test_docs_name_files_that_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_docs_name_tests_that_exist(page: Path) -> None:
+    sources = "\n".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+    missing = [name for name in re.findall(r"`(test_[a-z0-9_]+)`", page.read_text()) if f"def {name}(" not in sources]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_docs_name_flags_that_exist(page: Path) -> None:
     """Flags in backticks after a dash-dash are fields of a settings class, or of a program in the repository."""
     from attention_worker.config import AttentionWorkerSettings

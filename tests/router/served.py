@@ -37,6 +37,7 @@ TOKENIZER = byte_tokenizer()
 
 @dataclasses.dataclass
 class Served:
+    address: str
     engine: Engine
     client: AsyncClient
     channel: Any
@@ -62,10 +63,10 @@ async def service(
         await server.set_ready(True)
         channel = open_channel(address)
         try:
-            async with AsyncClient(address, timeout=30) as client:
+            async with AsyncClient(address, timeout=30, retries=0) as client:
                 stub = generation_pb2_grpc.GenerationStub(channel)  # type: ignore[no-untyped-call]
                 control = control_pb2_grpc.ControlStub(channel)  # type: ignore[no-untyped-call]
-                yield Served(engine, client, channel, stub, control, server)
+                yield Served(address, engine, client, channel, stub, control, server)
         finally:
             await channel.close(None)
             await server.stop(0)
