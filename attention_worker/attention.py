@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -24,6 +25,8 @@ class PagedAttention(Protocol):
     ) -> torch.Tensor: ...
 
 
-def select_attention(device: torch.device | str) -> PagedAttention:
-    """The kernel for tensors on `device`."""
-    return cpu.paged_attention if torch.device(device).type == "cpu" else reference.paged_attention
+def select_attention(device: torch.device | str, deterministic: bool = False) -> PagedAttention:
+    """The kernel for tensors on `device`. deterministic: see `kernels.cpu`; the plain one computes chunks apart."""
+    if torch.device(device).type != "cpu":
+        return reference.paged_attention
+    return functools.partial(cpu.paged_attention, deterministic=True) if deterministic else cpu.paged_attention

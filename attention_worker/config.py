@@ -18,6 +18,7 @@ class AttentionWorkerSettings:
     dtype: str = setting("bfloat16", "type of weights, hidden states and KV", choices=("float32", "bfloat16"))
     device: str = setting("cpu", "where to compute; so far only cpu", choices=("cpu",))
     threads: int = setting(0, "threads of one operation; 0: torch's choice")
+    deterministic: bool = setting(False, "a sequence's bits never depend on its company; checked at start")
     page_size: int = setting(32, "positions per KV page")
     kv_gib: float = setting(1.0, "memory for KV pages in GiB; at least one sequence of full context gets room")
     num_pages: int = setting(0, "KV pages; 0: as many as fit into --kv-gib")

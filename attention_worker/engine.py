@@ -8,12 +8,14 @@ Letters: T tokens of the step, D hidden, R rows of logits, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-import uuid
 
 import torch
 
+from attention_worker.faulty_chunks import faulty_chunks, faulty_rows
 from attention_worker.kv_cache import KVCache
+from attention_worker.lease import new_incarnation
 from attention_worker.logit_rows import LogitRows
 from attention_worker.model import Forward, Model
 from attention_worker.plan_check import PlanCheck
@@ -25,6 +27,8 @@ from grokmoe.errors import InvalidRequest
 from grokmoe.model_config import ModelConfig
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.telemetry import AttentionMetrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,7 @@ class StepRun:
     def __init__(self, forward: Forward, plan: StepPlan, rows: LogitRows, metrics: AttentionMetrics) -> None:
         self._forward, self._plan, self._rows, self._metrics = forward, plan, rows, metrics
         self._layer = -1
+        self._x_TD: torch.Tensor | None = None
         self._expected: tuple[torch.Size, torch.dtype] | None = None
 
     @torch.inference_mode()
@@ -70,13 +75,27 @@ class StepRun:
         finally:
             self._metrics.compute_time.observe(time.perf_counter() - begin)
         self._layer += 1
-        self._expected = (x_TD.shape, x_TD.dtype)
+        self._x_TD, self._expected = x_TD, (x_TD.shape, x_TD.dtype)
         return MoeInput(self._layer, x_TD)
 
+    @property
+    def incarnation(self) -> str:
+        """The one whose pages the step uses."""
+        return self._plan.incarnation
+
     def _finish(self, logits_RV: torch.Tensor) -> StepResult:
-        result = step_result(self._plan.chunks, self._rows, logits_RV)
+        chunks = self._plan.chunks
+        assert self._x_TD is not None
+        faulty = faulty_chunks(chunks, self._rows, self._x_TD, logits_RV)
+        if faulty:
+            logger.error("%d of %d chunks of a step are not finite", len(faulty), len(chunks))
+            logits_RV = logits_RV.clone()
+            logits_RV[faulty_rows(logits_RV)] = (
+                0.0  # nobody looks at them, but what is computed of them must be defined
+            )
+        result = dataclasses.replace(step_result(chunks, self._rows, logits_RV), faulty_chunks=faulty)
         self._metrics.steps.labels("ok").inc()
-        self._metrics.tokens.inc(sum(len(chunk.token_ids) for chunk in self._plan.chunks))
+        self._metrics.tokens.inc(sum(len(chunk.token_ids) for chunk in chunks))
         return result
 
     def close(self) -> None:
@@ -98,7 +117,6 @@ class AttentionEngine:
         self.config, self.settings, self.device = config, settings, device
         self.dtype = weights.embedding_VD.dtype
         self.torch_device = weights.embedding_VD.device
-        self.incarnation = uuid.uuid4().hex
         self.metrics = metrics
         self._cache = KVCache(
             config.num_layers,
@@ -113,8 +131,21 @@ class AttentionEngine:
         metrics.queue.set_function(lambda: device.num_waiting)
         self._model = Model(config, weights, self._cache)
         self._check = PlanCheck(
-            config, self.incarnation, settings.num_pages, settings.page_size, settings.max_step_tokens
+            config, new_incarnation(), settings.num_pages, settings.page_size, settings.max_step_tokens
         )
+
+    @property
+    def incarnation(self) -> str:
+        """Names the pages as they are now."""
+        return self._check.incarnation
+
+    def change_incarnation(self, incarnation: str) -> None:
+        """The pages go to another holder: plans and steps of the last one are refused from now on."""
+        self._check.incarnation = incarnation
+
+    def check_incarnation(self, run: StepRun) -> None:
+        """Raises FailedPrecondition when the pages have gone to another holder since the step began."""
+        self._check.check_incarnation(run.incarnation)
 
     def begin(self, plan: StepPlan) -> StepRun:
         """Validates a plan and prepares its step; computes nothing yet.

@@ -31,7 +31,7 @@ class Model:
         device = weights.embedding_VD.device
         self._config, self._weights, self._cache = config, weights, cache
         self._rope = Rope(config.head_dim, config.context_length, config.rope_base, device)
-        self._attend_pages = select_attention(device)
+        self._attend_pages = select_attention(device, weights.deterministic)
 
     def forward(self, batch: StepBatch, logit_rows_R: torch.Tensor) -> Forward:
         """One step. logit_rows_R: rows of the step whose logits are wanted; there may be none."""

@@ -10,8 +10,10 @@ from typing import Any
 import grpc
 
 from attention_worker.engine import AttentionEngine, MoeInput, StepRun
+from attention_worker.lease import Lease
 from grokmoe import tensors
-from grokmoe.errors import Code, FailedPrecondition, InvalidRequest
+from grokmoe.access import Scope
+from grokmoe.errors import Code, FailedPrecondition, InvalidRequest, Reason, Unavailable
 from grokmoe.plan_codec import plan_from_proto, result_to_proto
 from grokmoe.server import Service, raw_stream, unary
 from grokmoe.status import to_failure, to_status
@@ -23,31 +25,41 @@ logger = logging.getLogger(__name__)
 SERVICE = "grokmoe.v1.Attention"
 
 
-class AttentionService:
-    """Translates between messages and the engine. Holds one step per stream."""
+def _ending() -> Unavailable:
+    return Unavailable("this attention worker is about to end", reason=Reason.SHUTTING_DOWN)
 
-    def __init__(self, engine: AttentionEngine) -> None:
+
+class AttentionService:
+    """Translates between messages and the engine. Holds one step per stream, and the lease of the pages."""
+
+    def __init__(self, engine: AttentionEngine, lease: Lease | None = None) -> None:
+        """lease: names the engine's incarnation; None: one with the default limits."""
         self._engine = engine
+        self._lease = lease or Lease(engine.incarnation)
         self._lanes: set[_Lane] = set()
+        self._is_draining = False
 
     def as_service(self) -> Service:
         """What a server registers."""
         describe = unary(self.Describe, attention_pb2.AttentionDescribeRequest, attention_pb2.AttentionDescribeResponse)
-        return Service(SERVICE, {"Describe": describe, "Step": raw_stream(self.Step)}, drain=self.drain)
+        handlers = {"Describe": describe, "Step": raw_stream(self.Step)}
+        return Service(SERVICE, handlers, drain=self.drain, scope=Scope.CLUSTER)
 
     def drain(self) -> None:
-        """Lets every lane finish the step under way, then end."""
+        """Lets every lane finish the step under way, then end. Every other plan is refused from now on."""
+        self._is_draining = True
         for lane in self._lanes:
             lane.drain()
 
     async def Describe(
         self, request: attention_pb2.AttentionDescribeRequest, context: Any
     ) -> attention_pb2.AttentionDescribeResponse:
-        """What this worker is."""
+        """What this worker is; and the lease of its pages, for a router that says who it is."""
         engine = self._engine
+        incarnation = self._claim(request.router_id) if request.router_id else ""
         return attention_pb2.AttentionDescribeResponse(
             config_hash=engine.config.content_hash,
-            incarnation=engine.incarnation,
+            incarnation=incarnation,
             dtype=tensors.wire_dtype(engine.dtype),
             hidden_size=engine.config.hidden_size,
             layer_begin=0,
@@ -56,47 +68,63 @@ class AttentionService:
             page_size=engine.settings.page_size,
             max_step_tokens=engine.settings.max_step_tokens,
             device=str(engine.torch_device),
+            draining=self._is_draining,
         )
 
+    def _claim(self, router_id: str) -> str:
+        holder = self._lease.holder
+        incarnation = self._lease.claim(router_id)
+        if router_id != holder:
+            logger.info("leased by router %s", router_id)
+        if incarnation != self._engine.incarnation:
+            self._engine.change_incarnation(incarnation)
+        return incarnation
+
     async def Step(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        """One lane of steps. A step that fails is answered with a Failure; the lane goes on."""
-        lane = _Lane(self._engine)
+        """One lane of steps. A step that fails is answered with a Failure; the lane goes on.
+
+        Ends with INVALID_ARGUMENT after bytes that are no message, since nothing on the stream can be trusted then, and
+        with UNAVAILABLE when the worker is about to end.
+        """
+        lane = _Lane(self._engine, self._lease, self._is_draining)
         self._lanes.add(lane)
         try:
             while (data := await lane.read(context)) is not None:
                 for message in await lane.take(data):
                     await context.write(message)
-        except InvalidRequest as error:  # bytes that are no message: nothing on this stream can be trusted any more
+        except (InvalidRequest, Unavailable) as error:
             await context.abort_with_status(to_status(error))
         finally:
             self._lanes.discard(lane)
-            lane.close()
+            lane.end()
 
 
 class _Lane:
-    """The state of one Step stream: the step under way, if any."""
+    """The state of one Step stream: the step under way, if any, and the incarnation of the last plan."""
 
-    def __init__(self, engine: AttentionEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: AttentionEngine, lease: Lease, is_draining: bool) -> None:
+        self._engine, self._lease = engine, lease
+        self._incarnation = ""
         self._run: StepRun | None = None
         self._step_id = 0
         self._layer = 0
-        self._is_draining = False
+        self._is_draining = is_draining
         self._reading: asyncio.Task[Any] | None = None
         self._rows: tensors.RowAssembler[attention_pb2.StepRequest] = tensors.RowAssembler(
             attention_pb2.StepRequest, "step_id", engine.settings.max_step_tokens, engine.config.hidden_size
         )
 
     async def read(self, context: Any) -> bytes | None:
-        """The next message; None when the caller is done, or no step is under way and the lane is to end."""
+        """The next message; None when the caller is done. Raises Unavailable when no step is under way and the lane
+        is to end."""
         if self._is_draining and self._run is None:
-            return None
+            raise _ending()
         self._reading = asyncio.ensure_future(context.read())
         try:
             data = await self._reading
         except asyncio.CancelledError:
             if self._is_draining and self._run is None:
-                return None
+                raise _ending() from None
             raise
         finally:
             self._reading = None
@@ -140,7 +168,10 @@ class _Lane:
             if self._run is not None:
                 raise FailedPrecondition(f"step {self._step_id} is under way on this lane")
             self._step_id = request.step_id
+            if self._is_draining:
+                raise _ending()
             self._run = self._engine.begin(plan_from_proto(request.plan))
+            self._keep_lease(self._run.incarnation)
             return await self._engine.device.run(self._run.advance, None)
         if self._run is None or request.step_id != self._step_id:
             raise InvalidRequest("step_id", f"is {request.step_id}: no such step is under way on this lane")
@@ -148,6 +179,8 @@ class _Lane:
             raise InvalidRequest("layer", f"is {request.layer}, the step waits for layer {self._layer}")
         if payload is None:
             raise InvalidRequest("payload", "is missing")
+        self._engine.check_incarnation(self._run)
+        self._lease.renew(self._run.incarnation)
         return await self._engine.device.run(self._run.advance, payload)
 
     def _fail(self, step_id: int, error: Exception) -> bytes:
@@ -158,6 +191,20 @@ class _Lane:
         if step_id == self._step_id:
             self.close()
         return tensors.encode(attention_pb2.StepResponse(step_id=step_id, failure=failure))
+
+    def _keep_lease(self, incarnation: str) -> None:
+        """A plan that is accepted is a sign of life of the lease's holder, and its stream one of his."""
+        if incarnation == self._incarnation:
+            self._lease.renew(incarnation)
+        else:
+            self._lease.stream_closed(self._incarnation)
+            self._lease.stream_opened(incarnation)
+            self._incarnation = incarnation
+
+    def end(self) -> None:
+        """The stream is closed."""
+        self.close()
+        self._lease.stream_closed(self._incarnation)
 
     def close(self) -> None:
         """Drops the step under way."""

@@ -28,15 +28,21 @@ class LayerWeights:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionWeights:
-    """All layers, the embedding table and the head."""
+    """All layers, the embedding table and the head.
+
+    deterministic: whether they were packed so, and attention is to be computed so.
+    """
 
     embedding_VD: torch.Tensor
     layers: tuple[LayerWeights, ...]
     final_norm_D: torch.Tensor
     head: PackedLinear
+    deterministic: bool = False
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> AttentionWeights:
+def load_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+) -> AttentionWeights:
     """Reads and packs tensor by tensor; no more than one layer's projections exist twice at any time."""
 
     def read(name: str, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -56,9 +62,10 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
                 post_attn_norm_D=gain(names.norm(layer, "post_attn_norm")),
                 pre_moe_norm_D=gain(names.norm(layer, "pre_moe_norm")),
                 post_moe_norm_D=gain(names.norm(layer, "post_moe_norm")),
-                qkv=PackedLinear(qkv),
-                o_proj=PackedLinear(read(names.attention(layer, "o_proj"))),
+                qkv=PackedLinear(qkv, deterministic),
+                o_proj=PackedLinear(read(names.attention(layer, "o_proj")), deterministic),
             )
         )
     head_VD = embedding_VD if config.tie_word_embeddings else read(names.head(config))
-    return AttentionWeights(embedding_VD, tuple(layers), gain(names.final_norm()), PackedLinear(head_VD))
+    head = PackedLinear(head_VD, deterministic)
+    return AttentionWeights(embedding_VD, tuple(layers), gain(names.final_norm()), head, deterministic)

@@ -57,7 +57,7 @@ async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoin
     """Wires the parts together, serves, and meanwhile loads: health answers from the start."""
     config = checkpoint.config
     held = parse_experts(worker.experts, config.num_experts, config.num_layers)
-    experts = ExpertSet(config, held, getattr(torch, worker.dtype), _device(worker.device))
+    experts = ExpertSet(config, held, getattr(torch, worker.dtype), _device(worker.device), worker.deterministic)
     registry = new_registry()
     metrics = ExpertMetrics(registry)
     device = DeviceThread("expert-device")

@@ -25,6 +25,7 @@ class ExpertWorkerSettings:
     )
     device: str = setting("cpu", "where to compute: cpu, cuda or cuda:N")
     threads: int = setting(0, "threads of one operation; 0: torch's choice")
+    deterministic: bool = setting(False, "a row's bits never depend on the rows beside it; checked at start")
     max_rows: int = setting(8192, "most rows in one request; more is refused")
     max_batch_rows: int = setting(16384, "most rows that joined requests make together")
 

@@ -5,6 +5,7 @@ Shapes: N rows, E experts of one layer held here, D hidden, F ffn.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -37,14 +38,15 @@ class LayerWeights(Protocol):
 class PackedLayer:
     """For a CPU: every matrix in oneDNN's own layout."""
 
-    def __init__(self, config: ModelConfig, num_held: int) -> None:
-        self._gelu = config.gelu
+    def __init__(self, config: ModelConfig, num_held: int, deterministic: bool = False) -> None:
+        """deterministic: see PackedLinear."""
+        self._gelu, self._deterministic = config.gelu, deterministic
         self._experts_E = [cpu.PackedExpert() for _ in range(num_held)]
 
     def put(self, index: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
         """See LayerWeights."""
         part = {"linear": "gate", "linear_v": "up", "linear_1": "down"}[linear]
-        setattr(self._experts_E[index], part, PackedLinear(weight))
+        setattr(self._experts_E[index], part, PackedLinear(weight, self._deterministic))
 
     def forward(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
         """See LayerWeights."""
@@ -81,14 +83,22 @@ class StackedLayer:
         return self._kernel(rows_ND, counts_E, self._gate_EFD, self._up_EFD, self._down_EDF, self._gelu)
 
 
-def new_layer(config: ModelConfig, num_held: int, dtype: torch.dtype, device: torch.device) -> LayerWeights:
-    """Room for the weights of one layer on its device, with the kernel that suits."""
+def new_layer(
+    config: ModelConfig, num_held: int, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+) -> LayerWeights:
+    """Room for the weights of one layer on its device, with the kernel that suits.
+
+    deterministic: a row's bits must not depend on the rows beside it. The plain kernel does not promise that.
+    """
     if device.type == "cpu":
-        return PackedLayer(config, num_held)
+        return PackedLayer(config, num_held, deterministic)
     if device.type == "cuda":
         from expert_worker.kernels import grouped_gemm  # Triton is not installed where it is not used
 
-        return StackedLayer(config, num_held, dtype, device, grouped_gemm.expert_mlp)
+        kernel = grouped_gemm.expert_mlp
+        if deterministic:
+            kernel = functools.partial(kernel, fixed_tiles=True)
+        return StackedLayer(config, num_held, dtype, device, kernel)
     return StackedLayer(config, num_held, dtype, device, reference.expert_mlp)
 
 
@@ -99,19 +109,28 @@ class ExpertSet:
     """
 
     def __init__(
-        self, config: ModelConfig, held: Mapping[int, Sequence[int]], dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        held: Mapping[int, Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool = False,
     ) -> None:
+        """deterministic: see new_layer."""
         self.config = config
         self.held = {layer: tuple(experts) for layer, experts in held.items()}
         self.dtype = dtype
         self.device = device
+        self._deterministic = deterministic
         self._index = {layer: {e: i for i, e in enumerate(experts)} for layer, experts in self.held.items()}
         self._layers: dict[int, LayerWeights] = {}
 
     def put(self, layer: int, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
         """Takes one matrix, [out, in] in the set's type, into the kernel's layout."""
         if layer not in self._layers:
-            self._layers[layer] = new_layer(self.config, len(self.held[layer]), self.dtype, self.device)
+            self._layers[layer] = new_layer(
+                self.config, len(self.held[layer]), self.dtype, self.device, self._deterministic
+            )
         self._layers[layer].put(self._index[layer][expert], linear, weight)
 
     def ranges(self) -> list[tuple[int, int, int]]:

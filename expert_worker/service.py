@@ -13,7 +13,8 @@ import torch
 
 from expert_worker.engine import ExpertEngine, ExpertResult
 from grokmoe import tensors
-from grokmoe.errors import InvalidRequest, Unavailable
+from grokmoe.access import Scope
+from grokmoe.errors import DeadlineExceeded, InvalidRequest, Reason, Unavailable
 from grokmoe.server import Service, raw_stream, unary
 from grokmoe.status import to_failure, to_status
 from grokmoe.telemetry import ExpertMetrics
@@ -26,6 +27,10 @@ SERVICE = "grokmoe.v1.Expert"
 MAX_IN_FLIGHT = 8
 """Requests of one stream between their last message and their answer. Beyond it the stream is not read, which makes
 the caller's writes wait: memory per stream is bounded by this many requests of max_rows rows, and their results."""
+
+DRAIN_LINGER = 0.25
+"""Seconds that a stream is read on while the worker drains: what is on its way is refused in-band, which tells the
+caller more than a stream that ends."""
 
 
 class ExpertService:
@@ -40,15 +45,17 @@ class ExpertService:
         self._is_ready = is_ready
         self._incarnation = uuid.uuid4().hex
         self._streams: set[_ForwardStream] = set()
+        self._is_draining = False
 
     def as_service(self) -> Service:
         """What a server registers."""
         describe = unary(self.Describe, expert_pb2.ExpertDescribeRequest, expert_pb2.ExpertDescribeResponse)
         handlers = {"Describe": describe, "Forward": raw_stream(self.Forward)}
-        return Service(SERVICE, handlers, drain=self.drain)
+        return Service(SERVICE, handlers, drain=self.drain, scope=Scope.CLUSTER)
 
     def drain(self) -> None:
-        """Lets every stream answer what it has read, then end."""
+        """Takes no more work: every stream answers what it has read, refuses what comes, and ends."""
+        self._is_draining = True
         for stream in self._streams:
             stream.drain()
 
@@ -73,6 +80,7 @@ class ExpertService:
             ],
             max_rows=self._max_rows,
             device=str(experts.device),
+            draining=self._is_draining,
         )
 
     async def Forward(self, requests: Any, context: Any) -> None:
@@ -82,12 +90,18 @@ class ExpertService:
         self._streams.add(stream)
         try:
             self._check_ready()
+            if self._is_draining:
+                raise _draining()
             await stream.serve()
         except (InvalidRequest, Unavailable) as error:
             await context.abort_with_status(to_status(error))
         finally:
             self._streams.discard(stream)
             stream.drop()
+
+
+def _draining() -> Unavailable:
+    return Unavailable("the worker is about to end", reason=Reason.SHUTTING_DOWN)
 
 
 class _ForwardStream:
@@ -108,6 +122,7 @@ class _ForwardStream:
         self._reader: asyncio.Task[None] | None = None
         self._is_idle = False
         self._is_draining = False
+        self._is_closed = False
 
     async def serve(self) -> None:
         """Reads until the caller is done, then answers what is left. Raises InvalidRequest for undecodable bytes."""
@@ -115,13 +130,17 @@ class _ForwardStream:
         try:
             await self._reader
         except asyncio.CancelledError:
-            if not self._is_draining:
+            if not self._is_closed:
                 raise
         await asyncio.gather(*self._pending)
 
     def drain(self) -> None:
-        """Reads no more; `serve` returns when all that was read is answered."""
+        """Refuses what comes, soon reads no more; `serve` returns when all that was read before is answered."""
         self._is_draining = True
+        asyncio.get_running_loop().call_later(DRAIN_LINGER, self._close)
+
+    def _close(self) -> None:
+        self._is_closed = True
         if self._reader is not None and self._is_idle:  # not in the middle of a write, which would stay half done
             self._reader.cancel()
 
@@ -134,7 +153,7 @@ class _ForwardStream:
             task.cancel()
 
     async def _read(self) -> None:
-        while not self._is_draining:
+        while not self._is_closed:
             self._is_idle = True
             data = await self._context.read()
             self._is_idle = False
@@ -157,9 +176,16 @@ class _ForwardStream:
                 self._metrics.requests.labels("refused").inc()
                 await self._fail(request.request_id, error)
                 continue
+            if self._is_draining:
+                self._metrics.requests.labels("refused").inc()
+                await self._fail(request.request_id, _draining())
+                continue
+            read_at = asyncio.get_running_loop().time()
             await self._slots.acquire()
             future = self._engine.submit(request.layer, tuple(request.expert_ids), tuple(request.counts), rows_ND)
             self._ids.add(request.request_id)
+            if request.timeout_ms:
+                _drop_at(future, read_at + request.timeout_ms / 1000)
             task = asyncio.create_task(self._answer(request.request_id, future))
             self._pending[task] = future
             task.add_done_callback(self._pending.pop)
@@ -182,7 +208,12 @@ class _ForwardStream:
         """
         try:
             try:
-                result = await future
+                result = await _result(future)
+            except DeadlineExceeded as error:
+                self._metrics.requests.labels("expired").inc()
+                self._ids.discard(request_id)
+                await self._fail(request_id, error)
+                return
             except Exception as error:
                 logger.exception("request %d failed", request_id, exc_info=error)
                 self._metrics.requests.labels("failed").inc()
@@ -214,3 +245,17 @@ class _ForwardStream:
         message = tensors.encode(expert_pb2.ForwardResponse(request_id=request_id, failure=to_failure(error)))
         async with self._writing:
             await self._context.write(message)
+
+
+def _drop_at(future: asyncio.Future[ExpertResult], when: float) -> None:
+    """Drops a call that has no answer at `when` (time of the loop): if it waits still, it is never computed."""
+    timer = asyncio.get_running_loop().call_at(when, future.cancel)
+    future.add_done_callback(lambda _: timer.cancel())
+
+
+async def _result(future: asyncio.Future[ExpertResult]) -> ExpertResult:
+    """Raises DeadlineExceeded when the call has been dropped."""
+    await asyncio.wait((future,))
+    if future.cancelled():
+        raise DeadlineExceeded("nobody waits for the answer any more")
+    return future.result()

@@ -25,10 +25,12 @@ from grokmoe.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     Reason,
     ResourceExhausted,
     Retryable,
     StartupError,
+    Unauthenticated,
     Unavailable,
 )
 from grokmoe.logprobs import TokenLogprob, TopLogprobs
@@ -76,6 +78,7 @@ __all__ = [
     "LegLatency",
     "ModelInfo",
     "NotFound",
+    "PermissionDenied",
     "Reason",
     "ResourceExhausted",
     "Retryable",
@@ -90,6 +93,7 @@ __all__ = [
     "TokenizeOptions",
     "Tokens",
     "TopLogprobs",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "Worker",

@@ -12,6 +12,19 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Limit of one message, both ways and for every role. gRPC's own default is 4 MiB. Data-plane messages stay far
 below it because they are cut (grokmoe.tensors.MAX_CHUNK_BYTES); full-vocabulary logits of a long prompt may not."""
 
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""Limit of one message that a client may send: until it has been read, the caller decides what memory it takes. The
+largest request that is valid, a full context of token ids with every list at its limit, has some 400 KiB."""
+
+MAX_METADATA_BYTES = 8 * 1024
+"""Of one call, names and values. From here on calls are refused at random, from twice as much on always."""
+
+MAX_HANDSHAKE_MS = 10_000
+"""A connection that is not set up by then, TLS included, is closed."""
+
+MAX_PING_STRIKES = 2
+"""Probes that come too early, see MIN_PING_INTERVAL_MS, before the connection is closed."""
+
 KEEPALIVE_MS = 30_000
 """A connection that has been silent this long is probed."""
 
@@ -49,7 +62,14 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+    ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
+    ("grpc.server_handshake_timeout_ms", MAX_HANDSHAKE_MS),
 )
+
+CLIENT_FACING_OPTIONS: tuple[tuple[str, int], ...] = (("grpc.max_receive_message_length", MAX_REQUEST_BYTES),)
+"""Of servers whose callers are not the cluster's own."""
 
 
 @dataclasses.dataclass(frozen=True)

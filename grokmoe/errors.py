@@ -7,6 +7,8 @@
     ├── Retryable             (one of these two)   carries retry_after
     │   ├── ResourceExhausted RESOURCE_EXHAUSTED   full
     │   └── Unavailable       UNAVAILABLE          a worker is missing
+    ├── Unauthenticated       UNAUTHENTICATED      no token, or none that is known
+    ├── PermissionDenied      PERMISSION_DENIED    a token that does not reach so far
     ├── FailedPrecondition    FAILED_PRECONDITION  another incarnation, another model
     ├── DeadlineExceeded      DEADLINE_EXCEEDED
     ├── Cancelled             CANCELLED
@@ -36,10 +38,12 @@ class Code(enum.IntEnum):
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     INTERNAL = 13
     UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class Reason(enum.StrEnum):
@@ -75,6 +79,10 @@ class Reason(enum.StrEnum):
     """The service is about to end."""
     UNAVAILABLE = "UNAVAILABLE"
     """The service cannot be reached."""
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    """The call has no bearer token, or one that the service does not know."""
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    """The token is known, but not for calls of this kind."""
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     """A limit of the transport, such as the size of a message."""
     WRONG_INCARNATION = "WRONG_INCARNATION"
@@ -155,6 +163,20 @@ class Unavailable(Retryable):
 
     code = Code.UNAVAILABLE
     default_reason = Reason.UNAVAILABLE
+
+
+class Unauthenticated(GrokmoeError):
+    """Nobody knows who calls: no token, or none that is known."""
+
+    code = Code.UNAUTHENTICATED
+    default_reason = Reason.UNAUTHENTICATED
+
+
+class PermissionDenied(GrokmoeError):
+    """The caller is known, and may not do this."""
+
+    code = Code.PERMISSION_DENIED
+    default_reason = Reason.PERMISSION_DENIED
 
 
 class FailedPrecondition(GrokmoeError):

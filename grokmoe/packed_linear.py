@@ -3,6 +3,10 @@
 On CPU oneDNN's blocked layout makes small batches two to three times as fast as a plain linear (docs/log.md). Its
 entry points are private to torch, so they are tried once and a plain linear takes over where they fail.
 
+A row's bits do not depend on the rows beside it: on x86 with AVX-512 oneDNN takes one path for all row counts but one
+(see DEEPEST_SINGLE_ROW). A deterministic linear does not rely on that. It computes with few row counts only, and only
+with those that it has seen to agree on this machine.
+
 Letters: N rows, I inputs, O outputs.
 """
 
@@ -18,6 +22,15 @@ from grokmoe.model_config import Gelu
 PACK_ROWS = 32
 """The row count oneDNN chooses its layout for. One layout serves all row counts, unless it is made for few: float32 is
 up to three times as slow when made for 1, a few per cent for 8; 32, 128 and 512 are alike (docs/log.md)."""
+
+DEEPEST_SINGLE_ROW = 1024
+"""A single row of more inputs than this is summed up in another order than several rows are. It travels as two."""
+
+FIXED_ROWS = 16
+"""The row count that all others must agree with."""
+
+ROW_COUNTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 256)
+"""What a deterministic linear computes with, if they agree: rows are padded to the next, or cut by the largest."""
 
 
 @functools.cache
@@ -48,10 +61,14 @@ def can_pack(dtype: torch.dtype) -> bool:
 class PackedLinear:
     """One weight, packed for its device. Keeps no reference to the weight it was made from."""
 
-    __slots__ = ("_is_packed", "_weight", "dtype", "in_features", "out_features")
+    __slots__ = ("_is_packed", "_row_counts", "_weight", "dtype", "in_features", "out_features")
 
-    def __init__(self, weight_OI: torch.Tensor) -> None:
-        """weight_OI: as in the checkpoint, in the type to compute in."""
+    def __init__(self, weight_OI: torch.Tensor, deterministic: bool = False) -> None:
+        """weight_OI: as in the checkpoint, in the type to compute in.
+
+        deterministic: find out which row counts agree (once per shape), and use no others. Must be made by the thread
+        that will compute: the number of threads is part of what is found out.
+        """
         self.out_features, self.in_features = weight_OI.shape
         self.dtype = weight_OI.dtype
         self._is_packed = weight_OI.device.type == "cpu" and can_pack(self.dtype)
@@ -59,6 +76,17 @@ class PackedLinear:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), PACK_ROWS)
         else:
             self._weight = weight_OI.contiguous()
+        self._row_counts: tuple[int, ...] = ()
+        if deterministic:
+            key = (self.dtype, self._is_packed, self.out_features, self.in_features, torch.get_num_threads())
+            if key not in _agreeing:
+                _agreeing[key] = _find_agreeing(self)
+            self._row_counts = _agreeing[key]
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Of a deterministic linear: the row counts it computes with, ascending. Of any other: empty."""
+        return self._row_counts
 
     @torch.inference_mode()
     def __call__(
@@ -71,6 +99,28 @@ class PackedLinear:
         assert gelu is None or times_NO is None
         if x_NI.shape[0] == 0:
             return x_NI.new_empty(0, self.out_features)
+        if self._row_counts:
+            return self._padded(x_NI, gelu, times_NO)
+        if x_NI.shape[0] == 1 and self.in_features > DEEPEST_SINGLE_ROW:
+            return self.product(x_NI.repeat(2, 1), gelu, None if times_NO is None else times_NO.repeat(2, 1))[:1]
+        return self.product(x_NI, gelu, times_NO)
+
+    def _padded(self, x_NI: torch.Tensor, gelu: Gelu | None, times_NO: torch.Tensor | None) -> torch.Tensor:
+        parts = []
+        for begin in range(0, len(x_NI), self._row_counts[-1]):
+            part = slice(begin, begin + self._row_counts[-1])
+            num_rows = len(x_NI[part])
+            x, times = x_NI[part], None if times_NO is None else times_NO[part]
+            num_more = next(count for count in self._row_counts if count >= num_rows) - num_rows
+            if num_more:
+                x = functional.pad(x, (0, 0, 0, num_more))
+                times = None if times is None else functional.pad(times, (0, 0, 0, num_more))
+            y = self.product(x, gelu, times)
+            parts.append(y[:num_rows] if num_more else y)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def product(self, x_NI: torch.Tensor, gelu: Gelu | None, times_NO: torch.Tensor | None) -> torch.Tensor:
+        """`__call__` with exactly these rows."""
         if not self._is_packed:
             y_NO = functional.linear(x_NI, self._weight)
             if times_NO is not None:
@@ -84,3 +134,30 @@ class PackedLinear:
 
 
 _APPROXIMATE = {Gelu.ERF: "none", Gelu.TANH: "tanh"}
+
+_agreeing: dict[tuple[torch.dtype, bool, int, int, int], tuple[int, ...]] = {}
+"""By type, whether packed, outputs, inputs and threads."""
+
+
+@torch.inference_mode()
+def _find_agreeing(linear: PackedLinear) -> tuple[int, ...]:
+    """Those of ROW_COUNTS that give every row the bits that FIXED_ROWS gives it, wherever in a batch it is."""
+    random = torch.Generator().manual_seed(0)
+    most = max(ROW_COUNTS)
+    x_NI = torch.randn(most, linear.in_features, generator=random).to(linear.dtype)
+    times_NO = torch.randn(most, linear.out_features, generator=random).to(linear.dtype)
+
+    def compute(begin: int, count: int, gelu: Gelu | None, has_times: bool) -> torch.Tensor:
+        rows = slice(begin, begin + count)
+        return linear.product(x_NI[rows], gelu, times_NO[rows] if has_times else None)
+
+    agreeing = set(ROW_COUNTS)
+    if linear.in_features > DEEPEST_SINGLE_ROW:
+        agreeing.discard(1)  # in bfloat16 rounding hides most of the difference, so few rows may not show it
+    for form in ((None, False), (Gelu.ERF, False), (None, True)):
+        expected = torch.cat([compute(begin, FIXED_ROWS, *form) for begin in range(0, most, FIXED_ROWS)])
+        for count in sorted(agreeing):
+            for begin in range(0, most - count + 1, max(count, most // FIXED_ROWS - 1)):
+                if not torch.equal(compute(begin, count, *form), expected[begin : begin + count]):
+                    agreeing.discard(count)
+    return tuple(sorted(agreeing | {FIXED_ROWS}))

@@ -1,4 +1,4 @@
-"""The gRPC server of every role: health, reflection, metrics endpoint, the READY line, an orderly end.
+"""The gRPC server of every role: who may call, health, reflection, metrics endpoint, the READY line, an orderly end.
 
 A role's composition root builds its servicers and hands them to `run`. Nothing here knows what they do.
 """
@@ -15,16 +15,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
 import prometheus_client
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from grokmoe.channel import SERVER_OPTIONS
-from grokmoe.errors import ConfigError, GrokmoeError, InternalError, StartupError
+from grokmoe.access import Scope
+from grokmoe.authentication import Authentication
+from grokmoe.channel import CLIENT_FACING_OPTIONS, SERVER_OPTIONS
+from grokmoe.errors import ConfigError, GrokmoeError, InternalError, InvalidRequest, Reason, StartupError
+from grokmoe.security import SecuritySettings
 from grokmoe.settings import setting
 from grokmoe.status import to_status
 
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+HEALTH_TIMEOUT = 1.0
+"""Seconds that health watchers have to take a change. One that takes nothing must not hold up others, or our end."""
 
 MAX_PORT = 65535
 
@@ -46,8 +52,16 @@ def check_port(name: str, port: int, least: int = 0) -> None:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+def check_listen(name: str, address: str) -> None:
+    """Raises ConfigError for what is neither host:port nor unix:/path."""
+    if not address.startswith("unix:"):
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or int(port) > MAX_PORT:
+            raise ConfigError(f"{name} is {address}, must be unix:/path or host:port with a port up to {MAX_PORT}")
+
+
 @dataclasses.dataclass(frozen=True)
-class ServerSettings:
+class ServerSettings(SecuritySettings):
     """Settings that every serving process has."""
 
     listen: str = setting("127.0.0.1:0", "address to serve on: host:port (port 0: any free one) or unix:/path")
@@ -58,13 +72,11 @@ class ServerSettings:
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_port("metrics_port", self.metrics_port, -1)
-        if not self.listen.startswith("unix:"):
-            host, _, port = self.listen.rpartition(":")
-            if not host or not port.isdigit() or int(port) > MAX_PORT:
-                raise ConfigError(
-                    f"listen is {self.listen}, must be unix:/path or host:port with a port up to {MAX_PORT}"
-                )
+        check_listen("listen", self.listen)
+        if self.health_listen:
+            check_listen("health_listen", self.health_listen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +87,20 @@ class Service:
     handlers: method name -> handler.
     drain: called when the server begins to stop. Streams that would live as long as their caller must finish what they
         have begun and end; without it they keep the process for the whole grace period.
+    scope: what a token must be good for to call it, where tokens are asked for.
+    method_scopes: method name -> the scope of a method that has another.
     """
 
     name: str
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]
     drain: Callable[[], None] = lambda: None
+    scope: Scope = Scope.INFERENCE
+    method_scopes: Mapping[str, Scope] = dataclasses.field(default_factory=dict)
+
+    @property
+    def scopes(self) -> dict[str, Scope]:
+        """As grokmoe.authentication takes them."""
+        return {self.name: self.scope} | {f"/{self.name}/{name}": scope for name, scope in self.method_scopes.items()}
 
 
 def log_to_stderr(level: str) -> None:
@@ -94,17 +115,26 @@ def raw_stream(handler: Callable[..., Awaitable[None]]) -> Any:
 
 
 def unary(handler: Callable[..., Any], request: Any, response: Any) -> Any:
-    """A unary call, its errors turned into gRPC statuses."""
+    """A unary call, its errors turned into gRPC statuses; also those of a request that is no such message."""
     return grpc.unary_unary_rpc_method_handler(
-        errors_to_status(handler), request.FromString, response.SerializeToString
+        errors_to_status(handler, request), response_serializer=response.SerializeToString
     )
 
 
 def server_stream(handler: Callable[..., Any], request: Any, response: Any) -> Any:
-    """A call answered by a stream, its errors turned into gRPC statuses."""
+    """A call answered by a stream, its errors turned into gRPC statuses, as `unary` does."""
     return grpc.unary_stream_rpc_method_handler(
-        errors_to_status(handler), request.FromString, response.SerializeToString
+        errors_to_status(handler, request), response_serializer=response.SerializeToString
     )
+
+
+def _decoded(kind: Any, data: bytes) -> Any:
+    """gRPC's own decoding would answer bytes that are no message with INTERNAL, or with nothing."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        message = f"not a {kind.DESCRIPTOR.full_name}"
+        raise InvalidRequest("", message, reason=Reason.MALFORMED_MESSAGE) from None
 
 
 def _expected(error: Exception) -> GrokmoeError:
@@ -114,32 +144,35 @@ def _expected(error: Exception) -> GrokmoeError:
     return InternalError(f"unexpected {type(error).__name__}; the server's log has it")
 
 
-def errors_to_status(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Ends a call with the status of the error its handler raised (grokmoe.errors). A bug is logged, not told."""
+def errors_to_status(handler: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+    """Ends a call with the status of the error its handler raised (grokmoe.errors). A bug is logged, not told.
+
+    kind: type of the request message, which the handler gets decoded.
+    """
     if inspect.isasyncgenfunction(handler):
 
         @functools.wraps(handler)
-        async def stream(*args: Any) -> AsyncIterator[Any]:
+        async def stream(data: bytes, context: Any) -> AsyncIterator[Any]:
             try:
                 # Closed here, not by the garbage collector: a caller that left must cost nothing more.
-                async with contextlib.aclosing(handler(*args)) as responses:
+                async with contextlib.aclosing(handler(_decoded(kind, data), context)) as responses:
                     async for response in responses:
                         yield response
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _abort(args[-1], error)
+                await _abort(context, error)
 
         return stream
 
     @functools.wraps(handler)
-    async def once(*args: Any) -> Any:
+    async def once(data: bytes, context: Any) -> Any:
         try:
-            return await handler(*args)
+            return await handler(_decoded(kind, data), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(args[-1], error)
+            await _abort(context, error)
 
     return once
 
@@ -152,45 +185,123 @@ async def _abort(context: Any, error: Exception) -> None:
     )
 
 
+def _health_handler(servicer: Any) -> Any:
+    """The servicer of grpcio-health-checking, with our decoding."""
+    request, response = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+    handlers = {
+        "Check": unary(servicer.Check, request, response),
+        "Watch": server_stream(servicer.Watch, request, response),
+    }
+    return grpc.method_handlers_generic_handler(health.SERVICE_NAME, handlers)
+
+
+def _reflection_handler(names: Sequence[str]) -> Any:
+    """The servicer of grpcio-reflection. names: of the services it tells of."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return reflection_pb2.ServerReflectionRequest.FromString(data)
+        except DecodeError:
+            return reflection_pb2.ServerReflectionRequest()  # asks for nothing, which it answers as invalid
+
+    servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
+    info = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo, decode, reflection_pb2.ServerReflectionResponse.SerializeToString
+    )
+    return grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, {"ServerReflectionInfo": info})
+
+
 class RoleServer:
     """A started server with health and reflection. Not ready until `set_ready`."""
 
-    def __init__(self, services: Sequence[Service]) -> None:
+    def __init__(
+        self,
+        services: Sequence[Service],
+        security: SecuritySettings | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+        refused: Callable[[str], None] = lambda code: None,
+    ) -> None:
+        """security: who may call; None: everyone, in the clear. Raises ConfigError.
+
+        interceptors: come before the one that looks at tokens, so that they see refused calls, too: traces, counters.
+        refused: see grokmoe.authentication.
+        """
         self._services = tuple(services)
-        self._server = grpc.aio.server(options=list(SERVER_OPTIONS))
+        self._security = security or SecuritySettings()
+        options = dict(
+            (*SERVER_OPTIONS, *self._security.channel_options())
+        )  # gRPC takes the first of two, not the last
+        if not any(service.scope is Scope.CLUSTER for service in services):
+            options |= CLIENT_FACING_OPTIONS
+        self._server = grpc.aio.server(
+            options=[*options.items()], interceptors=[*interceptors, *self._authentication(refused)]
+        )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        for service in services:
-            handler = grpc.method_handlers_generic_handler(service.name, service.handlers)
-            self._server.add_generic_rpc_handlers((handler,))
-        names = [service.name for service in services]
-        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
-        self.address = ""
+        handlers = [_health_handler(self._health)]
+        handlers += [grpc.method_handlers_generic_handler(service.name, service.handlers) for service in services]
+        if self._security.reflection != "off":
+            names = [service.name for service in services]
+            handlers.append(_reflection_handler([*names, health.SERVICE_NAME, reflection.SERVICE_NAME]))
+        self._server.add_generic_rpc_handlers(handlers)
+        self._health_server: grpc.aio.Server | None = None
+        self.address = self.health_address = ""
+
+    def _authentication(self, refused: Callable[[str], None]) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
+        access = self._security.access()
+        if access is None:
+            return []
+        scopes = {name: scope for service in self._services for name, scope in service.scopes.items()}
+        exempt = [health.SERVICE_NAME]
+        if self._security.reflection == "open":
+            exempt.append(reflection.SERVICE_NAME)
+        return [Authentication(access, scopes, exempt, refused)]
 
     async def start(self, listen: str) -> str:
         """Binds and serves. Returns the address with the port that was chosen. StartupError if it cannot bind."""
-        try:
-            port = self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise StartupError(f"cannot listen on {listen}: {error}") from error
-        self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        self.address = _bind(self._server, listen, self._security.credentials())
+        if self._security.health_listen:
+            self._health_server = grpc.aio.server(options=[*dict((*SERVER_OPTIONS, *CLIENT_FACING_OPTIONS)).items()])
+            self._health_server.add_generic_rpc_handlers((_health_handler(self._health),))
+            self.health_address = _bind(self._health_server, self._security.health_listen)
         await self._health.set("", SERVING)
         for service in self._services:
             await self._health.set(service.name, NOT_SERVING)
         await self._server.start()
+        if self._health_server is not None:
+            await self._health_server.start()
+        self._security.warn(self.address)
         return self.address
 
     async def set_ready(self, ready: bool) -> None:
         """Health of each service by name: readiness. Health of "": liveness, SERVING while the process runs."""
         for service in self._services:
-            await self._health.set(service.name, SERVING if ready else NOT_SERVING)
+            await _in_time(self._health.set(service.name, SERVING if ready else NOT_SERVING))
 
     async def stop(self, grace: float) -> None:
         """Tells health watchers, refuses new calls, lets running ones finish for `grace` seconds."""
-        await self._health.enter_graceful_shutdown()
+        await _in_time(self._health.enter_graceful_shutdown())
         for service in self._services:
             service.drain()
         await self._server.stop(grace)
+        if self._health_server is not None:  # last: probes are answered to the end
+            await self._health_server.stop(0)
+
+
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    """Returns the address with the port that was chosen. Raises StartupError."""
+    try:
+        port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
+    except RuntimeError as error:
+        raise StartupError(f"cannot listen on {listen}: {error}") from error
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+async def _in_time(change: Awaitable[None]) -> None:
+    """A change of health. The servicer tells its watchers one after another and waits for each."""
+    try:
+        await asyncio.wait_for(change, HEALTH_TIMEOUT)
+    except TimeoutError:
+        logger.warning("a health watcher takes no messages")
 
 
 def start_metrics(settings: ServerSettings, registry: prometheus_client.CollectorRegistry) -> str | None:
@@ -230,14 +341,20 @@ async def run(
     services: Sequence[Service],
     registry: prometheus_client.CollectorRegistry,
     before_ready: Callable[[], Awaitable[None]] | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+    refused: Callable[[str], None] = lambda code: None,
 ) -> None:
-    """Serves until a signal comes. Prints `METRICS <address>` and `READY <address>` on standard output.
+    """Serves until a signal comes. Prints `METRICS <address>` and `READY <address>` on standard output, and before
+    them `HEALTH <address>` if health has an address of its own.
 
     before_ready: what must have happened before the services are ready; health answers meanwhile.
+    interceptors, refused: see RoleServer.
     """
     stop = stop_signal(settings.exit_on_stdin_eof)
-    server = RoleServer(services)
+    server = RoleServer(services, settings, interceptors, refused)
     address = await server.start(settings.listen)
+    if server.health_address:
+        print(f"HEALTH {server.health_address}", flush=True)  # noqa: T201
     try:
         metrics = start_metrics(settings, registry)
         if before_ready is not None:

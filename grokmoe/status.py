@@ -22,9 +22,11 @@ from grokmoe.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     Reason,
     ResourceExhausted,
     Retryable,
+    Unauthenticated,
     Unavailable,
 )
 from grokmoe.v1 import failure_pb2
@@ -42,6 +44,8 @@ _BY_CODE: dict[int, type[GrokmoeError]] = {
         AlreadyExists,
         ResourceExhausted,
         Unavailable,
+        Unauthenticated,
+        PermissionDenied,
         FailedPrecondition,
         DeadlineExceeded,
         Cancelled,

@@ -27,7 +27,7 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 class RoleProcess:
-    """One child. `address` and `metrics` are known once it is ready."""
+    """One child. `address`, `metrics` and `health`, if it has an address of its own, are known once it is ready."""
 
     def __init__(
         self, role: str, index: int, module: str, flags: Sequence[str], say: Callable[[str], None] | None = None
@@ -40,6 +40,7 @@ class RoleProcess:
         self._say = say or _to_stderr
         self.address = ""
         self.metrics = ""
+        self.health = ""
         self._command = (sys.executable, "-m", module, *flags, "--exit-on-stdin-eof")
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
@@ -118,6 +119,8 @@ class RoleProcess:
             word, _, rest = line.strip().partition(" ")
             if word == "METRICS":
                 self.metrics = rest
+            elif word == "HEALTH":
+                self.health = rest
             elif word == "READY":
                 self.address = rest
                 self._ready.set()

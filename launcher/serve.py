@@ -16,6 +16,8 @@ from expert_worker.engine import ExpertEngine
 from expert_worker.experts import ExpertSet
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
+from grokmoe.errors import ConfigError
+from grokmoe.security import SecuritySettings
 from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, log_to_stderr, run
 from grokmoe.settings import setting
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
@@ -29,7 +31,7 @@ from router.transport.local import LocalAttentionLink
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(SecuritySettings):
     """What `grokmoe serve` takes."""
 
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
@@ -50,6 +52,9 @@ class ServeSettings:
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.openai and not self.is_open:
+            raise ConfigError("openai: the gateway has neither TLS nor a token for the server behind it")
         check_port("port", self.port)
         check_port("openai_port", self.openai_port)
 
@@ -116,6 +121,7 @@ async def serve(settings: ServeSettings) -> None:
         listen=f"{settings.host}:{port}",
         metrics_port=settings.metrics_port,
         exit_on_stdin_eof=settings.exit_on_stdin_eof,
+        **settings.security(),
     )
 
     async def join() -> None:

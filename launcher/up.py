@@ -17,6 +17,7 @@ from attention_worker.config import AttentionWorkerSettings
 from expert_worker.config import ExpertWorkerSettings
 from grokmoe.errors import ConfigError
 from grokmoe.model_config import ModelConfig
+from grokmoe.security import SecuritySettings
 from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, stop_signal
 from grokmoe.settings import setting, to_flags
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, gateway_process, serve_with
@@ -27,8 +28,8 @@ from router.placement import spread
 
 
 @dataclasses.dataclass(frozen=True)
-class UpSettings:
-    """What `grokmoe up` takes."""
+class UpSettings(SecuritySettings):
+    """What `grokmoe up` takes. Who may call is said of the router: the workers' sockets are its own user's alone."""
 
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
@@ -57,6 +58,9 @@ class UpSettings:
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.openai and not self.is_open:
+            raise ConfigError("openai: the gateway has neither TLS nor a token for the server behind it")
         check_port("port", self.port)
         check_port("openai_port", self.openai_port)
         if self.attention < 1:
@@ -119,7 +123,8 @@ class Cluster:
             max_running=s.max_running,
             max_waiting=s.max_waiting,
         )
-        flags = [*to_flags(router), *to_flags(ServerSettings(listen=f"{s.host}:{s.port}", log_level=s.log_level))]
+        server = ServerSettings(listen=f"{s.host}:{s.port}", log_level=s.log_level, **s.security())
+        flags = [*to_flags(router), *to_flags(server)]
         return workers, RoleProcess("router", 0, "router", flags, self._say)
 
     def _socket(self, role: str, index: int) -> str:

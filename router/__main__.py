@@ -14,6 +14,7 @@ from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
 from router.loading import build_engine, build_services, load_model
 from router.transport.grpc_attention import GrpcAttentionLink
+from router.transport.worker_access import WorkerAccess
 
 DESCRIPTION = """\
 Serves text generation (grokmoe.v1.Generation) with the attention and expert workers at the addresses given. Waits for
@@ -34,7 +35,8 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
         raise ConfigError("attention is empty: name at least one attention worker")
     model = load_model(settings)
     registry = new_registry()
-    links = [GrpcAttentionLink(address) for address in settings.attention]
+    access = WorkerAccess(settings)
+    links = [GrpcAttentionLink(address, access=access) for address in settings.attention]
     engine = build_engine(model, settings, links, RouterMetrics(registry))
 
     async def join() -> None:

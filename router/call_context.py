@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from grokmoe.caller import proven_caller
 from grokmoe.errors import InvalidRequest
 from router.admission import CallContext
 from router.fair_share import MAX_PRIORITY, MIN_PRIORITY
@@ -15,10 +16,14 @@ MAX_CALLER_LENGTH = 128
 
 
 def read_call(context: Any) -> CallContext:
-    """context: of a gRPC handler. Raises InvalidRequest for metadata that cannot be."""
+    """context: of a gRPC handler. Raises InvalidRequest for metadata that cannot be.
+
+    A caller who has proven a name, by a token or a certificate, has that one; `x-caller` counts among those who need
+    not prove any.
+    """
     metadata = {key: value for key, value in context.invocation_metadata() or () if key in (PRIORITY_KEY, CALLER_KEY)}
     remaining = context.time_remaining()
-    caller = str(metadata.get(CALLER_KEY, ""))
+    caller = _proven(context) or str(metadata.get(CALLER_KEY, ""))
     if len(caller) > MAX_CALLER_LENGTH:
         raise InvalidRequest(CALLER_KEY, f"has {len(caller)} characters, limit is {MAX_CALLER_LENGTH}")
     return CallContext(
@@ -26,6 +31,14 @@ def read_call(context: Any) -> CallContext:
         priority=_priority(str(metadata.get(PRIORITY_KEY, "0"))),
         deadline=None if remaining is None else time.monotonic() + remaining,
     )
+
+
+def _proven(context: Any) -> str:
+    caller = proven_caller()
+    if caller is not None:
+        return caller
+    names = context.peer_identities()  # of the certificate, which TLS has checked: its first alternative name
+    return names[0].decode(errors="replace")[:MAX_CALLER_LENGTH] if names else ""
 
 
 def _priority(text: str) -> int:

@@ -1,4 +1,13 @@
-"""One attention worker as the router drives it: its scheduler, its lanes, its loss and return."""
+"""One attention worker as the router drives it: its scheduler, its lanes, its loss and return.
+
+What happens to its sequences, whatever happens to it:
+
+    lost      those in a step count a migration; all are recomputed elsewhere, or here when it is back
+    drains    steps in flight end first, then all are recomputed elsewhere; nothing is counted
+    hangs     the same as lost, if there is an elsewhere; else it is waited for
+    a bug     the requests of the step end with INTERNAL, the lane goes on
+    NaN       the sequence is recomputed once, elsewhere if it can be; after that its request ends with INTERNAL
+"""
 
 from __future__ import annotations
 
@@ -10,11 +19,12 @@ from collections.abc import Callable
 
 import torch
 
-from grokmoe.channel import TIMEOUTS
-from grokmoe.errors import ConfigError, FailedPrecondition, GrokmoeError, InternalError, Unavailable
+from grokmoe.errors import FailedPrecondition, GrokmoeError, InternalError, Reason, Unavailable
 from grokmoe.model_config import ModelConfig
 from grokmoe.step_plan import StepPlan, StepResult
+from router.attention_member import AttentionMember, CellSettings
 from router.experts import ExpertsUnavailable
+from router.fault_counters import FaultCounters
 from router.generation import Generation
 from router.legs import Legs
 from router.pages import PageLedger
@@ -22,13 +32,15 @@ from router.plan_writer import read_extras, write_plan
 from router.scheduler import Scheduler
 from router.sequence import Request, Sequence
 from router.step import SchedulerSettings, Step
-from router.transport.base import AttentionInfo, AttentionLink, Hole
-from router.worker_state import WorkerState
+from router.step_deadline import StepDeadline, work_of
+from router.step_watch import StepAbandoned, StepHung, StepWatch
+from router.transport.base import AttentionInfo, AttentionLink, Hole, StepNotBegun
+from router.worker_state import WorkerEvent, WorkerState
 
 logger = logging.getLogger(__name__)
 
-PROBE_INTERVAL = 0.25
-"""Pause between two attempts to reach a worker that is lost, seconds."""
+MAX_FAULTS = 1
+"""Times that a sequence may come out as something that is not finite and be recomputed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +54,20 @@ class CellHooks:
     step_done: Callable[[AttentionCell, Step, float, Legs], None]
     """(cell, step, seconds, legs): for metrics."""
     rehome: Callable[[AttentionCell, list[Sequence]], None]
-    """Finds another cell, or this one again, for the sequences of a worker that was lost."""
+    """Finds another cell, or this one again, for the sequences of a worker that was lost or drains."""
     ended: Callable[[Sequence], None]
     """A sequence has ended, well or not."""
+    failed: Callable[[Sequence, GrokmoeError], None]
+    """The request of a sequence, if it is alive, ends with an error."""
+    sequences_of: Callable[[AttentionCell], list[Sequence]]
+    """All that the engine believes to be in a cell."""
+    has_other: Callable[[AttentionCell], bool]
+    """Whether another cell is in use."""
+    changed: Callable[[AttentionCell], None]
+    """The state of a cell is another one."""
 
 
-class AttentionCell:
+class AttentionCell(AttentionMember):
     """The scheduler of one worker and a task per lane. A lane is: schedule, run, complete."""
 
     def __init__(
@@ -58,43 +78,20 @@ class AttentionCell:
         dtype: torch.dtype,
         settings: SchedulerSettings,
         hooks: CellHooks,
+        care: CellSettings | None = None,
+        counters: FaultCounters | None = None,
     ) -> None:
-        self.index, self.link = index, link
-        self.state = WorkerState.JOINING
-        self.info: AttentionInfo | None = None
+        super().__init__(index, link, config, dtype, care or CellSettings())
+        self.counters = counters or FaultCounters()
         self.scheduler: Scheduler
-        self._config, self._dtype, self._settings, self._hooks = config, dtype, settings, hooks
+        self._settings, self._hooks = settings, hooks
+        self._deadline = StepDeadline(self.care.deadline)
+        self._was_hung = False
+        self._is_lost = True
+        self._flights: dict[Step, StepWatch] = {}
         self._work = asyncio.Event()
         self._ready = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-
-    async def connect(self) -> None:
-        """Asks the worker what it is and makes an empty ledger for its pages.
-
-        Raises Unavailable when it cannot be reached yet, ConfigError when it serves another model.
-        """
-        info = await asyncio.wait_for(self.link.describe(), TIMEOUTS.connect)
-        who = f"attention worker {self.index} at {self.link.address}"
-        if info.config_hash != self._config.content_hash:
-            raise ConfigError(
-                f"{who} serves another model: config hash {info.config_hash}, expected {self._config.content_hash}"
-            )
-        if info.dtype != self._dtype:
-            raise ConfigError(f"{who} computes in {info.dtype}, expected {self._dtype}")
-        if (info.layer_begin, info.layer_end) != (0, self._config.num_layers):
-            raise ConfigError(f"{who} holds layers {info.layer_begin}-{info.layer_end - 1}, not all of them")
-        self._adopt(info)
-
-    def _adopt(self, info: AttentionInfo) -> None:
-        """Starts anew with empty pages; sequences that waited for the worker's return go on waiting for a step."""
-        waiting = self.scheduler.drain_all() if self.info is not None else []
-        limit = min(self._settings.max_step_tokens, info.max_step_tokens)
-        settings = dataclasses.replace(self._settings, max_step_tokens=limit)
-        self.scheduler = Scheduler(settings, PageLedger(info.num_pages, info.page_size))
-        self.info, self.state = info, WorkerState.READY
-        self._hooks.rehome(self, waiting)
-        self._ready.set()
-        self._work.set()
 
     def start(self) -> None:
         """Starts the lanes."""
@@ -102,8 +99,6 @@ class AttentionCell:
             asyncio.create_task(self._run_lane(lane), name=f"cell-{self.index}-lane-{lane}")
             for lane in range(self._settings.num_lanes)
         ]
-        for task in self._tasks:
-            task.add_done_callback(_lane_ended)
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest when the request could never be served here."""
@@ -115,36 +110,90 @@ class AttentionCell:
         self._work.set()
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forgets a sequence; its pages come free within a step."""
+        """Forgets a sequence. A step that nobody else takes part in is abandoned, whatever it waits for."""
         self.scheduler.cancel(sequence)
+        if sequence.in_flight:
+            for step, watch in self._flights.items():
+                if all(chunk.sequence.is_over for chunk in step.chunks):
+                    watch.abandon()
         self._work.set()
 
     @property
     def load(self) -> int:
         """Sequences here, running and waiting."""
-        return self.scheduler.num_running + self.scheduler.num_waiting
+        return 0 if self.info is None else self.scheduler.num_running + self.scheduler.num_waiting
+
+    def drain(self) -> None:
+        """The worker is about to end: no further step begins, and when those in flight have ended, the sequences leave
+        for another one or wait for its return."""
+        if self._stop_lanes(WorkerEvent.DRAINS):
+            logger.info("%s is about to end", self.name)
+            self.seek()
+            self._hand_over()
+
+    def retire(self) -> None:
+        """The same for good: the worker is not looked for any more."""
+        self._prober.stop()
+        if self._stop_lanes(WorkerEvent.DRAINS):
+            self._hand_over()
+
+    def _stop_lanes(self, event: WorkerEvent) -> bool:
+        """No further step begins. False if none would have."""
+        if self.state is not WorkerState.READY:
+            return False
+        self._ready.clear()
+        self._enter(event)
+        self._hooks.changed(self)
+        return True
+
+    def rearm(self) -> None:
+        """Another worker is in use now: one that is slow to answer need not be waited for any more."""
+        for watch in self._flights.values():
+            watch.rearm()
+
+    def take_stranded(self) -> list[Sequence]:
+        """The sequences that wait here for a worker that is not in use; they are no longer here then."""
+        if self.info is None or self.state is WorkerState.READY or self.scheduler.num_in_flight:
+            return []
+        return self.scheduler.drain_all()
 
     async def close(self) -> None:
         """Ends the lanes and the link."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.link.close()
+        await self.leave()
+
+    def check_books(self) -> None:
+        """Asserts what must always hold."""
+        if self.info is None:
+            return
+        self.scheduler.check()
+        assert self.scheduler.num_in_flight <= len(self._flights), "a step in flight that nobody watches"
+        assert self.state is WorkerState.READY or not self._ready.is_set(), "lanes run without a worker"
 
     async def _run_lane(self, lane: int) -> None:
         while True:
             await self._ready.wait()
-            step = self.scheduler.schedule()
+            step = None
+            try:
+                step = self.scheduler.schedule()
+                if step is not None:
+                    await self._run_step(lane, step)
+            except Exception as error:
+                self._recover(step, error)
+                await asyncio.sleep(self.care.restart_pause)
+                continue
             if step is None:
                 self._work.clear()
                 await self._work.wait()
-                continue
-            await self._run_step(lane, step)
-            self._work.set()
+            else:
+                self._work.set()
 
     async def _run_step(self, lane: int, step: Step) -> None:
         scheduler, info, legs = self.scheduler, self.info, Legs()
         assert info is not None
+        watch = self._flights[step] = self._watch(step)
         for chunk in step.chunks:
             generation = self._hooks.generation_of(chunk.sequence)
             if generation is not None:
@@ -152,21 +201,45 @@ class AttentionCell:
         plan = write_plan(step, info.incarnation)
         begin = time.perf_counter()
         try:
-            result = await self.link.step(lane, plan, self._hooks.make_hole(lane, legs), legs)
+            result = await watch.run(
+                lambda hole: self.link.step(lane, plan, hole, legs), self._hooks.make_hole(lane, legs)
+            )
             num_wanted = sum(chunk.wants_token for chunk in step.chunks)
             if len(result.token_ids) != num_wanted:
                 raise InternalError(f"the attention worker drew {len(result.token_ids)} tokens, {num_wanted} were due")
+        except StepAbandoned:
+            self.counters.abandoned_steps += scheduler.fail(step)
         except ExpertsUnavailable as error:
             self._fail_requests(scheduler, step, error)
         except (Unavailable, FailedPrecondition) as error:
-            scheduler.fail(step)
-            self._lose(info, error)
+            if error.reason is Reason.SHUTTING_DOWN and info is self.info:
+                scheduler.fail(step)
+                self.drain()
+            else:
+                if isinstance(error, StepNotBegun):
+                    self._flights.pop(step, None)
+                self._lose(info, error, is_hung=isinstance(error, StepHung))
         except Exception as error:
             logger.exception("step failed")
             self._fail_requests(scheduler, step, InternalError(f"a step failed: {type(error).__name__}: {error}"))
         else:
-            self._deliver(scheduler, step, plan, result)
-            self._hooks.step_done(self, step, time.perf_counter() - begin, legs)
+            if result.faulty_chunks:
+                self._take_faulty(scheduler, info, step, result.faulty_chunks)
+            else:
+                self._deliver(scheduler, step, plan, result)
+                self._hooks.step_done(self, step, time.perf_counter() - begin, legs)
+        self._flights.pop(step, None)
+        self._hand_over()
+
+    def _watch(self, step: Step) -> StepWatch:
+        def work() -> int:
+            # Lanes share the worker's device: an answer may have to wait for another step's.
+            return sum(map(work_of, self._flights)) or work_of(step)
+
+        return StepWatch(
+            lambda: self._deadline.allowance(work()) if self._has_other() else None,
+            lambda seconds: self._deadline.observe(work(), seconds),
+        )
 
     def _deliver(self, scheduler: Scheduler, step: Step, plan: StepPlan, result: StepResult) -> None:
         logprobs = {}
@@ -190,39 +263,112 @@ class AttentionCell:
 
     def _fail_requests(self, scheduler: Scheduler, step: Step, error: GrokmoeError) -> None:
         """Ends the requests of a step that cannot be done; all others go on."""
+        if scheduler.fail(step):
+            for chunk in step.chunks:
+                self._hooks.failed(chunk.sequence, error)
+
+    def _take_faulty(self, scheduler: Scheduler, info: AttentionInfo, step: Step, places: tuple[int, ...]) -> None:
+        """Some chunks are not finite. Nothing of the step is used: pages that it filled must not become known."""
+        faulty = [step.chunks[place].sequence for place in places]
+        self._flights.pop(step, None)
         if not scheduler.fail(step):
             return
-        for chunk in step.chunks:
-            scheduler.cancel(chunk.sequence)
-            generation = self._hooks.generation_of(chunk.sequence)
-            if generation is not None:
-                generation.fail(error)
-                self._hooks.ended(chunk.sequence)
+        self.counters.faulty_chunks += len(faulty)
+        for sequence in faulty:
+            sequence.num_faults += 1
+            if sequence.num_faults > MAX_FAULTS:
+                message = f"what {self.name} computed for this request is not finite, and was not elsewhere before"
+                self._hooks.failed(sequence, InternalError(message))
+        if self._has_other() and any(sequence.num_faults <= MAX_FAULTS for sequence in faulty):
+            self._lose(info, Unavailable("it has computed something that is not finite"))
 
-    def _lose(self, info: AttentionInfo, error: GrokmoeError) -> None:
+    def _recover(self, step: Step | None, error: Exception) -> None:
+        """After a bug on a lane: no request may wait for ever for a step that nobody drives."""
+        logger.critical("a bug in cell %d: %s", self.index, error, exc_info=error)
+        self.counters.lane_restarts += 1
+        failure = InternalError(f"a step failed: {type(error).__name__}: {error}")
+        try:
+            if step is None:
+                raise AssertionError("no step could be scheduled")
+            if self._flights.pop(step, None) is not None:
+                self.scheduler.fail(step)
+                for chunk in step.chunks:
+                    self._hooks.failed(chunk.sequence, failure)
+            self.scheduler.check()
+        except Exception as unsound:
+            logger.critical("the books of cell %d are lost, all its requests end", self.index, exc_info=unsound)
+            self.counters.book_errors += 1
+            self._start_over(failure)
+        self._hand_over()
+
+    def _start_over(self, failure: GrokmoeError) -> None:
+        """Ends all requests and begins with empty books. The worker runs its steps one after another, so what it still
+        does for the old ones is over before it writes to the pages for new ones."""
+        self._end_flights()
+        settings, ledger = self.scheduler.settings, self.scheduler.ledger
+        self.scheduler = Scheduler(settings, PageLedger(ledger.num_pages, ledger.page_size))
+        for sequence in self._hooks.sequences_of(self):
+            if not sequence.is_over:
+                sequence.cancel()
+            self._hooks.failed(sequence, failure)
+
+    def _has_other(self) -> bool:
+        return self._hooks.has_other(self)
+
+    def _adopt(self, info: AttentionInfo) -> None:
+        """Starts anew with empty pages; sequences that waited for the worker's return go on waiting for a step."""
+        waiting = self.scheduler.drain_all() if self.info is not None else []
+        limit = min(self._settings.max_step_tokens, info.max_step_tokens)
+        settings = dataclasses.replace(self._settings, max_step_tokens=limit)
+        self.scheduler = Scheduler(settings, PageLedger(info.num_pages, info.page_size))
+        if self.info is None or info.incarnation != self.info.incarnation:
+            self._deadline = StepDeadline(self.care.deadline)
+        elif self._was_hung:
+            self._deadline.forgive()
+        self._end_flights()
+        self.info, self._was_hung, self._is_lost = info, False, False
+        self._enter(WorkerEvent.ANSWERED)
+        self._hooks.rehome(self, waiting)
+        self._hooks.changed(self)
+        self._ready.set()
+        self._work.set()
+
+    def _lose(self, info: AttentionInfo, error: GrokmoeError, is_hung: bool = False) -> None:
         """The worker is gone, or is another incarnation: its pages are. Only the first lane to notice acts."""
-        if info is not self.info or self.state is not WorkerState.READY:
+        if info is not self.info or self._is_lost:
             return
-        logger.warning("attention worker %d at %s is lost: %s", self.index, self.link.address, error.message)
-        self.state = WorkerState.SUSPECT
+        self._is_lost = True
+        logger.warning("%s is lost: %s", self.name, error.message)
+        self.counters.losses += 1
+        self.counters.hangs += is_hung
+        self._was_hung = is_hung
         self._ready.clear()
+        self._enter(WorkerEvent.FAILED)
+        for step in self._flights:
+            for chunk in step.chunks:
+                chunk.sequence.num_migrations += 1
+            self.counters.migrations += sum(not chunk.sequence.is_over for chunk in step.chunks)
+        self._end_flights()
         self._hooks.rehome(self, self.scheduler.drain_all())
-        self._tasks.append(asyncio.create_task(self._come_back()))
+        self._hooks.changed(self)
+        self.seek()
 
-    async def _come_back(self) -> None:
-        while True:
-            await asyncio.sleep(PROBE_INTERVAL)
-            try:
-                await self.connect()
-            except (GrokmoeError, TimeoutError) as error:
-                # Another model at the same address is no passing trouble: somebody has to act.
-                level = logging.WARNING if isinstance(error, ConfigError) else logging.DEBUG
-                logger.log(level, "attention worker %d still away: %s", self.index, error)
-                continue
-            logger.info("attention worker %d at %s is back", self.index, self.link.address)
-            return
+    def _doubt(self, info: AttentionInfo, error: GrokmoeError) -> None:
+        if not self.scheduler.num_in_flight:
+            self._lose(info, error)
+        elif self._stop_lanes(WorkerEvent.FAILED):
+            logger.warning("%s gets no more work: %s", self.name, error.message)
+            self.seek()
 
+    def _end_flights(self) -> None:
+        """Cuts off all steps; their lanes find that nobody waits for the results."""
+        for watch in self._flights.values():
+            watch.abandon()
+        self._flights.clear()
 
-def _lane_ended(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.critical("%s has died of a bug, its requests hang", task.get_name(), exc_info=error)
+    def _hand_over(self) -> None:
+        """Lets the sequences go once nothing of a worker that gets no more work is in flight."""
+        if self.state is not WorkerState.READY and not self.scheduler.num_in_flight and self._has_other():
+            leaving = self.scheduler.drain_all()
+            self.counters.moves += len(leaving)
+            self._hooks.rehome(self, leaving)

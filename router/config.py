@@ -11,10 +11,11 @@ from grokmoe.settings import setting
 from router.admission import AdmissionSettings
 from router.engine import EngineSettings
 from router.step import SchedulerSettings
+from router.transport.worker_access import WorkerAccessSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterSettings:
+class RouterSettings(WorkerAccessSettings):
     """What the router serves, where its workers are, and its limits."""
 
     model: str = setting("", "checkpoint directory: its config, gates and tokenizer are read", metavar="DIR")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from grokmoe.access import Scope
 from grokmoe.errors import InvalidRequest
 from grokmoe.server import Service, unary
 from grokmoe.v1 import control_pb2 as pb
@@ -27,6 +28,7 @@ class ControlService:
                 "GetStatus": unary(self.GetStatus, pb.GetStatusRequest, pb.GetStatusResponse),
                 "Abort": unary(self.Abort, pb.AbortRequest, pb.AbortResponse),
             },
+            scope=Scope.CONTROL,
         )
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:

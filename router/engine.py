@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -20,10 +19,13 @@ from grokmoe.errors import AlreadyExists, ConfigError, GrokmoeError, Reason, Una
 from grokmoe.model_config import ModelConfig
 from grokmoe.telemetry import RouterMetrics
 from router.admission import Admission, AdmissionSettings, CallContext
+from router.attention_member import CellSettings
 from router.cell import AttentionCell, CellHooks
-from router.experts import ExpertPool
+from router.experts import ExpertMember, ExpertPool
 from router.fair_share import FairShare
+from router.fault_counters import FaultCounters
 from router.generation import NOBODY, Generation
+from router.joining import Join, ProgressLine, join_all
 from router.legs import Legs
 from router.moe import RowCounter
 from router.sequence import Request
@@ -35,21 +37,30 @@ from router.worker_state import WorkerState
 
 logger = logging.getLogger(__name__)
 
-JOIN_INTERVAL = 0.2
-"""Pause between two attempts to reach workers at start, seconds."""
-
 Connect = Callable[[], Coroutine[Any, Any, None]]
-ProgressLine = Callable[[str], None]
+ServingHook = Callable[[bool], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """Limits of admission and of start-up."""
+    """Limits of admission, of start-up and of what is done about faults."""
 
     scheduler: SchedulerSettings
     admission: AdmissionSettings = dataclasses.field(default_factory=AdmissionSettings)
     join_timeout: float = 600.0
     """Seconds the workers have to be reachable at start."""
+    max_migrations: int = 5
+    """Times a sequence may be in a step on a worker that is then lost. One more, and its request ends: it may be what
+    kills them, and must not take the whole cluster down. Preemptions and workers that drain do not count."""
+    check_interval: float = 0.0
+    """Seconds between two checks of all books while there is nothing to do; 0: never."""
+    care: CellSettings = dataclasses.field(default_factory=CellSettings)
+    """How attention workers are looked after."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_migrations", "check_interval"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 0")
 
 
 class Engine:
@@ -71,24 +82,17 @@ class Engine:
         pool: the remote experts to wait for at start; None when they are in this process.
         """
         self.config, self.pool, self.counter, self.settings, self.metrics = config, pool, counter, settings, metrics
-        num_lanes = settings.scheduler.num_lanes
-        self.cells = [
-            AttentionCell(
-                index,
-                link,
-                config,
-                dtype,
-                settings.scheduler,
-                CellHooks(
-                    make_hole=lambda lane, legs, first=index * num_lanes: make_hole(first + lane, legs),  # type: ignore[misc]
-                    generation_of=lambda sequence: self._generations.get(sequence),
-                    step_done=lambda *args: self.report.step_done(*args),
-                    rehome=self._rehome,
-                    ended=self._forget,
-                ),
-            )
-            for index, link in enumerate(attention_links)
-        ]
+        self.faults = FaultCounters()
+        self.on_serving: list[ServingHook] = []
+        self._dtype, self._make_hole = dtype, make_hole
+        self._num_cells_ever = 0
+        self.cells: list[AttentionCell] = []
+        for link in attention_links:
+            self._enlist(link)
+        self._leaving: dict[AttentionCell, asyncio.Task[None]] = {}
+        self._cells_changed = asyncio.Event()
+        self._was_serving = False
+        self._checking: asyncio.Task[None] | None = None
         self._generations: dict[Sequence_, Generation] = {}
         self._cell_of: dict[Sequence_, AttentionCell] = {}
         self._by_id: dict[str, Generation] = {}
@@ -96,6 +100,27 @@ class Engine:
         self.report = StepReport(metrics, self.cells, counter)
         metrics.running.set_function(lambda: self.num_running)
         metrics.waiting.set_function(lambda: self.num_waiting)
+        if pool is not None:
+            pool.on_change.append(self._tell_serving)
+
+    def _enlist(self, link: AttentionLink) -> AttentionCell:
+        index, first_lane = self._num_cells_ever, self._num_cells_ever * self.settings.scheduler.num_lanes
+        self._num_cells_ever += 1
+        hooks = CellHooks(
+            make_hole=lambda lane, legs: self._make_hole(first_lane + lane, legs),
+            generation_of=lambda sequence: self._generations.get(sequence),
+            step_done=lambda *args: self.report.step_done(*args),
+            rehome=self._rehome,
+            ended=self._forget,
+            failed=self._fail,
+            sequences_of=lambda cell: [sequence for sequence, its in self._cell_of.items() if its is cell],
+            has_other=lambda cell: any(other is not cell for other in self._usable_cells()),
+            changed=self._cell_changed,
+        )
+        scheduler, care = self.settings.scheduler, self.settings.care
+        cell = AttentionCell(index, link, self.config, self._dtype, scheduler, hooks, care, self.faults)
+        self.cells.append(cell)
+        return cell
 
     async def start(self, progress: ProgressLine = lambda line: None) -> None:
         """Waits until all workers are there and agree on the model, then starts the lanes.
@@ -104,46 +129,56 @@ class Engine:
         Raises ConfigError when a worker serves another model or takes fewer rows than a step may have, or an expert
         has no holder; Unavailable after `join_timeout`.
         """
-        joins: list[tuple[str, str, Connect]] = [
-            (f"attention worker {cell.index}", cell.link.address, cell.connect) for cell in self.cells
-        ]
+        joins = [Join(f"attention worker {cell.index}", cell.link.address, cell.connect) for cell in self.cells]
         if self.pool is not None:
             for member in self.pool.members:
-                connect = _bind(self.pool, member.index)
-                joins.append((f"expert worker {member.index}", member.link.address, connect))
-        joined = itertools.count(1)
-
-        async def join(who: str, address: str, connect: Connect) -> None:
-            while True:
-                try:
-                    await connect()
-                except ConfigError:
-                    raise
-                except (GrokmoeError, TimeoutError) as error:
-                    logger.debug("waiting for %s at %s: %s", who, address, error)
-                    await asyncio.sleep(JOIN_INTERVAL)
-                    continue
-                progress(f"{who} at {address} joined ({next(joined)} of {len(joins)})")
-                return
-
-        try:
-            async with asyncio.timeout(self.settings.join_timeout):
-                async with asyncio.TaskGroup() as group:
-                    for who, address, connect in joins:
-                        group.create_task(join(who, address, connect))
-        except TimeoutError:
-            missing = [f"attention worker {cell.index} at {cell.link.address}" for cell in self.cells if not cell.info]
-            for member in self.pool.members if self.pool else ():
-                if member.info is None:
-                    missing.append(f"expert worker {member.index} at {member.link.address}")
-            raise Unavailable(f"not reachable within {self.settings.join_timeout:g} s: {', '.join(missing)}") from None
-        except ExceptionGroup as group_error:
-            raise group_error.exceptions[0] from None
+                connect = _bind(self.pool, member)
+                joins.append(Join(f"expert worker {member.index}", member.link.address, connect))
+        await join_all(joins, self.settings.join_timeout, progress)
         if self.pool is not None:
             self.pool.place()
             self.pool.check_rows(max(cell.scheduler.settings.max_step_tokens for cell in self.cells))
         for cell in self.cells:
             cell.start()
+        if self.settings.check_interval:
+            self._checking = asyncio.create_task(self._check_when_idle(), name="idle check")
+        self._tell_serving()
+
+    def add_cell(self, link: AttentionLink) -> AttentionCell:
+        """An attention worker more, used as soon as it has described itself and fits."""
+        cell = self._enlist(link)
+        cell.start()
+        cell.seek()
+        return cell
+
+    def remove_cell(self, cell: AttentionCell) -> asyncio.Task[None]:
+        """Takes a worker out of use; the task ends when it is forgotten.
+
+        It gets no new requests, and its sequences move when its steps in flight have ended. While no other worker is in
+        use it goes on: a list of addresses that is empty for a moment must not stop the service.
+        """
+        if cell not in self._leaving:
+            self._leaving[cell] = asyncio.create_task(self._retire(cell), name=f"retire cell {cell.index}")
+        return self._leaving[cell]
+
+    async def _retire(self, cell: AttentionCell) -> None:
+        while cell.load:
+            if self._has_successor(cell):
+                cell.retire()
+            self._cells_changed.clear()
+            await self._cells_changed.wait()
+        self.cells.remove(cell)
+        del self._leaving[cell]
+        await cell.close()
+        logger.info("%s has left", cell.name)
+        self._tell_serving()
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a request could be computed now: an attention worker is in use, and a holder of every expert."""
+        if not any(cell.state is WorkerState.READY for cell in self.cells):
+            return False
+        return self.pool is None or _has_all_experts(self.pool)
 
     def check_room(self, call: CallContext, count: int = 1, num_tokens: int = 0) -> None:
         """Raises ResourceExhausted when the queue has no room for `count` sequences of so many prompt tokens each."""
@@ -226,6 +261,9 @@ class Engine:
 
     async def close(self) -> None:
         """Ends lanes and links. Whoever still waits for tokens gets Unavailable."""
+        for task in (self._checking, *self._leaving.values()):
+            if task is not None:
+                task.cancel()
         for generation in list(self._by_id.values()):
             generation.fail(Unavailable("the service is shutting down", reason=Reason.SHUTTING_DOWN))
             self.cancel(generation)
@@ -245,30 +283,89 @@ class Engine:
         return sum(cell.scheduler.num_waiting for cell in self.cells if cell.info)
 
     def check(self) -> None:
-        """Asserts the invariants of all ledgers and that every sequence has its request."""
+        """Asserts the invariants of all ledgers, and that every sequence has its request and its cell, and back."""
         for cell in self.cells:
-            cell.scheduler.check()
+            cell.check_books()
         assert self._generations.keys() == self._cell_of.keys(), "a request without a cell"
         assert {id(each) for each in self._generations.values()} == {id(each) for each in self._by_id.values()}
         assert len(self._generations) == self.num_running + self.num_waiting, "orphan request"
+        for sequence, cell in self._cell_of.items():
+            assert not sequence.is_over, f"is over and still kept: {sequence}"
+            assert cell in self.cells, f"in a cell that has left: {sequence}"
+
+    async def _check_when_idle(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.check_interval)
+            if self._generations:
+                continue
+            try:
+                self.check()
+            except AssertionError as error:
+                self.faults.book_errors += 1
+                logger.critical("an invariant does not hold while idle: %s", error)
+
+    def _usable_cells(self) -> list[AttentionCell]:
+        return [cell for cell in self.cells if cell.state is WorkerState.READY and cell not in self._leaving]
+
+    def _has_successor(self, cell: AttentionCell) -> bool:
+        return any(other is not cell for other in self._usable_cells())
 
     def _least_loaded(self) -> AttentionCell:
-        ready = [cell for cell in self.cells if cell.state is WorkerState.READY]
-        usable = ready or [cell for cell in self.cells if cell.info is not None]
+        joined = [cell for cell in self.cells if cell.info is not None]
+        ready = [cell for cell in joined if cell.state is WorkerState.READY]
+        # Who is about to leave is used only if there is nobody else, who is lost only to wait in.
+        usable = self._usable_cells() or ready or [cell for cell in joined if cell not in self._leaving] or joined
         if not usable:
             raise Unavailable("no attention worker has joined yet", reason=Reason.WORKER_UNAVAILABLE)
         return min(usable, key=lambda cell: cell.load)
 
     def _rehome(self, lost: AttentionCell, sequences: list[Sequence_]) -> None:
+        failed: list[tuple[Sequence_, GrokmoeError]] = []
         for sequence in sequences:
-            cell = self._least_loaded()
+            if sequence.num_migrations > self.settings.max_migrations:
+                self.faults.migration_limits += 1
+                times = f"its attention worker was lost {sequence.num_migrations} times while computing it"
+                failed.append((sequence, Unavailable(times, reason=Reason.WORKER_UNAVAILABLE)))
+                continue
             try:
+                cell = self._least_loaded()
                 cell.add(sequence)
-            except GrokmoeError as error:  # only a cell with fewer pages than the lost one can refuse
-                self._generations[sequence].fail(error)
-                self._forget(sequence)
+            except GrokmoeError as refusal:  # only a cell with fewer pages than the lost one can refuse
+                failed.append((sequence, refusal))
             else:
                 self._cell_of[sequence] = cell
+        # Only now: it cancels the other candidates of a request, which must be in a cell or over.
+        for sequence, _ in failed:
+            sequence.cancel()
+        for sequence, error in failed:
+            self._fail(sequence, error)
+        self._cells_changed.set()
+
+    def _fail(self, sequence: Sequence_, error: GrokmoeError) -> None:
+        """Ends the request of a sequence, with all its candidates, if it is alive."""
+        generation = self._generations.get(sequence)
+        if generation is not None:
+            generation.fail(error)
+            self.cancel(generation)
+
+    def _cell_changed(self, cell: AttentionCell) -> None:
+        """A worker is in use again, or no longer."""
+        if cell.state is WorkerState.READY:
+            for other in self.cells:
+                if other is not cell:
+                    self._rehome(other, other.take_stranded())
+                    other.rearm()
+        self._cells_changed.set()
+        self._tell_serving()
+
+    def _tell_serving(self) -> None:
+        """Calls `on_serving` when `is_serving` has another value."""
+        is_serving = self.is_serving
+        if is_serving != self._was_serving:
+            self._was_serving = is_serving
+            logger.log(logging.INFO if is_serving else logging.WARNING, "serving: %s", is_serving)
+            for call in self.on_serving:
+                call(is_serving)
 
     def _forget(self, sequence: Sequence_) -> None:
         self._cell_of.pop(sequence, None)
@@ -278,7 +375,15 @@ class Engine:
         # The id is free once no candidate lives, also if the client has not taken the last tokens yet.
         if generation and not any(other in self._generations for other in generation.sequences):
             del self._by_id[generation.request.request_id]
+        self._cells_changed.set()
 
 
-def _bind(pool: ExpertPool, index: int) -> Connect:
-    return lambda: pool.connect(pool.members[index])
+def _has_all_experts(pool: ExpertPool) -> bool:
+    if pool.placement is None:
+        return False
+    usable = {member.index for member in pool.members if member.is_usable}
+    return all(usable.intersection(holders) for layer in pool.placement.holders for holders in layer)
+
+
+def _bind(pool: ExpertPool, member: ExpertMember) -> Connect:
+    return lambda: pool.connect(member)

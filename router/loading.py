@@ -25,6 +25,7 @@ from router.moe import Gates, LocalExperts, LocalMoe, RemoteMoe, RowCounter
 from router.service import GenerationService
 from router.transport.base import AttentionLink, ExpertLink, Hole
 from router.transport.grpc_expert import GrpcExpertLink
+from router.transport.worker_access import WorkerAccess
 from router.vllm_engine import vllm_engine_service
 
 
@@ -75,7 +76,7 @@ def build_engine(
             return LocalMoe(config, model.gates, local, counter, legs)
 
     else:
-        links = [GrpcExpertLink(address) for address in settings.experts] if experts is None else list(experts)
+        links = _expert_links(settings) if experts is None else list(experts)
         if not links:
             raise ConfigError("experts is empty: name at least one expert worker")
         pool = ExpertPool(config, model.dtype, links, read_placement(settings.placement))
@@ -87,6 +88,11 @@ def build_engine(
 
     engine_settings = settings.engine_settings(config.context_length)
     return Engine(config, model.dtype, attention_links, make_hole, pool, counter, engine_settings, metrics)
+
+
+def _expert_links(settings: RouterSettings) -> list[ExpertLink]:
+    access = WorkerAccess(settings)
+    return [GrpcExpertLink(address, access) for address in settings.experts]
 
 
 def build_services(model: RouterModel, engine: Engine, settings: RouterSettings) -> list[Service]:

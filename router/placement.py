@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from grokmoe.errors import ConfigError
 
 ExpertLayers = tuple[int, int, int]
 """(expert, first layer, one past the last layer)."""
+
+NOBODY = -1
+"""The worker of an expert that no ready worker holds."""
 
 
 def spread(num_experts: int, num_workers: int, num_replicas: int = 1) -> tuple[tuple[int, ...], ...]:
@@ -34,6 +37,16 @@ def spread(num_experts: int, num_workers: int, num_replicas: int = 1) -> tuple[t
     return tuple(tuple(sorted(experts)) for experts in held)
 
 
+def check_held(num_layers: int, num_experts: int, name: str, held: Sequence[ExpertLayers]) -> None:
+    """Raises ConfigError when a worker says that it holds what the model does not have."""
+    for expert, begin, end in held:
+        if not (0 <= expert < num_experts and 0 <= begin < end <= num_layers):
+            raise ConfigError(
+                f"{name} says it holds expert {expert} in layers {begin}-{end - 1}; the model "
+                f"has {num_experts} experts and {num_layers} layers"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """For every layer and expert the workers that hold it, in order of preference."""
@@ -47,13 +60,15 @@ class Placement:
         num_experts: int,
         held: Mapping[int, Sequence[ExpertLayers]],
         preferred: Mapping[int, Sequence[int]] | None = None,
+        is_strict: bool = True,
     ) -> Placement:
         """Makes the table from what the workers say they hold.
 
         held: worker -> its experts and layers.
         preferred: expert -> workers to use, in this order; experts that are absent use every holder.
-        Raises ConfigError naming layer and expert when nobody holds one, or a preferred worker does not, or the
-        model has no such expert.
+        is_strict: raise ConfigError naming layer and expert when nobody holds one, or a preferred worker does not.
+        Otherwise such an expert has no holders, or those that are left: at run time workers come and go.
+        Raises ConfigError in any case when the model has no such expert.
         """
         preferred = preferred or {}
         for expert in preferred:
@@ -61,37 +76,41 @@ class Placement:
                 raise ConfigError(f"placement names expert {expert}, the model has experts 0 to {num_experts - 1}")
         table: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in range(num_layers)]
         for worker, ranges in sorted(held.items()):
+            check_held(num_layers, num_experts, f"expert worker {worker}", ranges)
             for expert, begin, end in ranges:
-                if not (0 <= expert < num_experts and 0 <= begin < end <= num_layers):
-                    raise ConfigError(
-                        f"expert worker {worker} says it holds expert {expert} in layers {begin}-{end - 1}; the model "
-                        f"has {num_experts} experts and {num_layers} layers"
-                    )
                 for layer in range(begin, end):
                     table[layer][expert].append(worker)
         for layer, row in enumerate(table):
             for expert, workers in enumerate(row):
-                for worker in preferred.get(expert, ()):
-                    if worker not in workers:
-                        raise ConfigError(f"placement puts expert {expert} on worker {worker}, which does not hold it")
-                if expert in preferred:
-                    row[expert] = workers = list(preferred[expert])
-                if not workers:
+                absent = [worker for worker in preferred.get(expert, ()) if worker not in workers]
+                if absent and is_strict:
+                    raise ConfigError(f"placement puts expert {expert} on worker {absent[0]}, which does not hold it")
+                if expert in preferred and (is_strict or len(absent) < len(preferred[expert])):
+                    row[expert] = workers = [worker for worker in preferred[expert] if worker not in absent]
+                if not workers and is_strict:
                     raise ConfigError(f"no expert worker holds expert {expert} in layer {layer}")
         return cls(tuple(tuple(tuple(workers) for workers in row) for row in table))
 
-    def choose(self, layer: int, ready: Collection[int], load: Mapping[int, int]) -> list[int | None]:
-        """Chooses one worker per expert for a call: of the ready holders the one with the least load.
+    def choose(self, layer: int, load: Mapping[int, int], draw: Callable[[], float]) -> list[int]:
+        """Chooses one worker per expert for a call, NOBODY where none is ready.
 
-        load: rows a worker has in flight. Ties go round by expert number, so that replicas share the experts of an
-        idle cluster. None where no holder is ready.
+        load: of the ready workers, the rows each has still to compute.
+        draw: a random number from 0 to below 1.
+
+        Power of two choices: the holder whose turn it is and one drawn from the others, of these the one with less
+        load. The turn goes by expert number, so that replicas share the experts of an idle cluster; two, because
+        callers who all take the least loaded one overload it together.
         """
-        chosen: list[int | None] = []
+        chosen: list[int] = []
         for expert, workers in enumerate(self.holders[layer]):
-            usable = [worker for worker in workers if worker in ready]
-            if len(usable) > 1:
-                shift = expert % len(usable)
-                usable = usable[shift:] + usable[:shift]
-                usable.sort(key=lambda worker: load.get(worker, 0))
-            chosen.append(usable[0] if usable else None)
+            ready = [worker for worker in workers if worker in load]
+            if not ready:
+                chosen.append(NOBODY)
+                continue
+            turn = expert % len(ready)
+            best = ready[turn]
+            if len(ready) > 1:
+                other = ready[(turn + 1 + int(draw() * (len(ready) - 1))) % len(ready)]
+                best = other if load[other] < load[best] else best
+            chosen.append(best)
         return chosen

@@ -1,4 +1,4 @@
-"""Asks a worker that is not in use, again and again, until it answers: the way back into use, the same for every role."""
+"""The way back: asks a worker that was lost, again and again, until it answers. The same for every role."""
 
 from __future__ import annotations
 

@@ -136,6 +136,8 @@ class Sequence:
         num_cached_tokens: tokens found in the prefix cache at the first admission.
         num_admissions: times admitted; above 1 after preemption or loss.
         num_preemptions: times preempted for want of pages.
+        num_migrations: times it was in a step on a worker that was lost.
+        num_faults: times it came out as something that is not finite.
     """
 
     __slots__ = (
@@ -150,6 +152,8 @@ class Sequence:
         "num_admissions",
         "num_cached_tokens",
         "num_computed",
+        "num_faults",
+        "num_migrations",
         "num_preemptions",
         "page_hashes",
         "page_ids",
@@ -187,6 +191,8 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_admissions = 0
         self.num_preemptions = 0
+        self.num_migrations = 0
+        self.num_faults = 0
 
     def __repr__(self) -> str:
         return (

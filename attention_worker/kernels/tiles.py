@@ -4,6 +4,9 @@ A tile is a run of query rows of one chunk with every key those rows may see. Ti
 like key length form a group, and a group is one batch of matrix products over (tile, KV head) pairs. A group's
 working set is bounded, so the number of groups grows with the work of the step, never with sequences * heads.
 
+Who shares a tile or a group with a row must not change its bits (docs/numerics.md, "The same bits in any company"). So
+the shapes at which libraries change their way of summing are avoided: `TileShape.least_rows` and `page_step`.
+
 Shapes: N tiles of a group, R query rows of a tile (padded), L keys of a tile (padded, a whole number of pages),
 J pages of a tile, M the last keys of L (those some row may not see), S slots of a page, K KV heads, T tokens of
 the step, C chunks.
@@ -11,6 +14,7 @@ the step, C chunks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,6 +44,15 @@ PADDING_BYTES = 256 << 10
 Ints = NDArray[np.int64]
 
 
+KEY_STEP = 32
+"""Keys of a tile are a multiple of this: the sum of a row's weights then takes one path for every number of keys that
+follow with weight zero."""
+
+SMALL_PRODUCT, SMALL_BATCH = 400, 4096
+"""Multiplications up to which torch computes one product of a batch, or in bfloat16 a whole batch, by loops of its own,
+with other last bits than the libraries' (rows * keys * d, and that times the number of products)."""
+
+
 @dataclass(frozen=True)
 class TileShape:
     """What the tiling must know of the heads and of the cache."""
@@ -50,6 +63,28 @@ class TileShape:
     num_pages: int
     page_size: int
     element_bytes: int
+
+    @property
+    def least_rows(self) -> int:
+        """The lowest tile, a power of two: below it float32 products take another kernel with other last bits.
+
+        That happens with fewer than 4 rows, and with a product that is alone and that threads cut into such parts.
+        """
+        if self.element_bytes < 4:
+            return 1
+        if self.num_kv_heads == 1:
+            return 8
+        group = self.num_heads // self.num_kv_heads
+        return next(rows for rows in (1, 2, 4) if rows * group >= 4)
+
+    @property
+    def page_step(self) -> int:
+        """Pages of a tile are a multiple of this: see KEY_STEP, SMALL_PRODUCT and SMALL_BATCH."""
+        multiplications = self.least_rows * self.num_heads * self.head_dim
+        keys = KEY_STEP
+        while keys * multiplications <= max(SMALL_BATCH, SMALL_PRODUCT * self.num_kv_heads):
+            keys *= 2
+        return keys // math.gcd(keys, self.page_size)
 
 
 @dataclass(frozen=True)
@@ -131,10 +166,15 @@ def _cut(spans: Spans, shape: TileShape) -> _Tiles:
     )
 
 
+def _num_pages(tiles: _Tiles, shape: TileShape) -> Ints:
+    """Pages of every tile, those that pad it to a whole step included."""
+    return -(-tiles.num_keys // (shape.page_size * shape.page_step)) * shape.page_step
+
+
 def _batches(tiles: _Tiles, shape: TileShape) -> Iterator[tuple[int, Ints]]:
     """(row class, tile indices) of every group: one row class, like key lengths, bounded working set."""
-    row_class = _power_of_two_at_least(tiles.num_rows)
-    num_pages = -(-tiles.num_keys // shape.page_size)
+    row_class = np.maximum(_power_of_two_at_least(tiles.num_rows), shape.least_rows)
+    num_pages = _num_pages(tiles, shape)
     order = np.lexsort((-num_pages, row_class))
     row_class, num_pages = row_class[order], num_pages[order]
     begin = 0
@@ -157,7 +197,7 @@ def _group(tiles: _Tiles, row_class: int, spans: Spans, shape: TileShape) -> Til
     num_tiles, page_size = len(tiles.row), shape.page_size
     num_keys_N = tiles.num_keys
     pages_N = -(-num_keys_N // page_size)
-    most_pages = int(pages_N.max())
+    most_pages = int(_num_pages(tiles, shape).max())
     num_keys = most_pages * page_size
 
     step_R = np.arange(row_class)

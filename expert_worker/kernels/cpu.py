@@ -6,8 +6,7 @@
 Both ride in float32 before the product is rounded, so in bfloat16 `h` is rounded twice, not three times as with
 separate operations. A loop is as good as it gets: torch's grouped GEMM on a CPU is one, over weights not laid out.
 
-A row's result does not depend on the rows beside it: with these layouts oneDNN takes the same path for every number of
-rows, except for a single row of float32, which therefore travels as two. Seen on x86 with AVX-512 and held by a test.
+A row's result does not depend on the rows beside it, see `grokmoe.packed_linear`.
 Shapes: N rows, E experts, D hidden, F ffn.
 """
 
@@ -32,8 +31,6 @@ class PackedExpert:
 
     def __call__(self, x_ND: torch.Tensor, gelu: Gelu) -> torch.Tensor:
         """x_ND, at least one row -> y_ND, new."""
-        if len(x_ND) == 1 and x_ND.dtype is torch.float32:
-            return self(x_ND.repeat(2, 1), gelu)[:1]
         h_NF = self.up(x_ND, times_NO=self.gate(x_ND, gelu))
         return self.down(h_NF)
 

@@ -67,15 +67,18 @@ def expert_mlp(
     up_EFD: torch.Tensor,
     down_EDF: torch.Tensor,
     gelu: Gelu,
+    fixed_tiles: bool = False,
 ) -> torch.Tensor:
     """Passes each row through the MLP of its expert. Arguments and result: see `reference.expert_mlp`.
+
+    fixed_tiles: whether all calls use the lowest tile, so that a row's bits do not depend on the rows beside it.
 
     The innermost stride of every tensor must be 1; the others are free, so slices of F or D need no copy.
     """
     assert_consistent(rows_ND, counts_E, gate_EFD, up_EFD, down_EDF)
     h_NF = rows_ND.new_empty(len(rows_ND), gate_EFD.shape[1])
     out_ND = rows_ND.new_empty(rows_ND.shape)
-    launch(rows_ND, counts_E, gate_EFD, up_EFD, down_EDF, gelu, h_NF, out_ND)
+    launch(rows_ND, counts_E, gate_EFD, up_EFD, down_EDF, gelu, h_NF, out_ND, fixed_tiles)
     return out_ND
 
 
@@ -88,6 +91,7 @@ def launch(
     gelu: Gelu,
     h_NF: torch.Tensor,
     out_ND: torch.Tensor,
+    fixed_tiles: bool = False,
 ) -> None:
     """Queues both kernels on the current stream; h_NF and out_ND are overwritten. Does not wait."""
     for tensor in (rows_ND, gate_EFD, up_EFD, down_EDF, h_NF, out_ND):
@@ -95,7 +99,7 @@ def launch(
     if len(rows_ND) == 0:
         return
     _, F, D = gate_EFD.shape
-    shape = tile_class(counts_E, rows_ND.dtype)
+    shape = TILE_CLASSES[rows_ND.dtype][0] if fixed_tiles else tile_class(counts_E, rows_ND.dtype)
     tiles = tile_table(counts_E, shape.rows)
     # Pinned and non-blocking: a copy from pageable memory would wait for the kernels queued before it.
     table = torch.tensor(tiles, dtype=torch.int32, pin_memory=rows_ND.is_cuda)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from grokmoe.errors import InternalError
+from grokmoe.errors import InternalError, Unavailable
 from grokmoe.step_plan import StepPlan, StepResult
 from router.legs import Legs
 from router.placement import ExpertLayers
@@ -18,7 +18,7 @@ from router.placement import ExpertLayers
 
 @dataclasses.dataclass(frozen=True)
 class AttentionInfo:
-    """What an attention worker says of itself."""
+    """What an attention worker says of itself. is_draining: it is about to end and refuses new plans."""
 
     config_hash: str
     incarnation: str
@@ -29,6 +29,7 @@ class AttentionInfo:
     page_size: int
     max_step_tokens: int
     device: str
+    is_draining: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +72,26 @@ class Hole(Protocol):
         """The same on the caller's thread, for experts in this process."""
 
 
+class StepNotBegun(Unavailable):
+    """The worker is lost, and has never seen the plan: the step can have nothing to do with it."""
+
+
 class AttentionLink(Protocol):
     """A way to one attention worker."""
 
     address: str
 
     async def describe(self) -> AttentionInfo:
-        """Asks the worker what it is. Raises Unavailable when it cannot be reached."""
+        """Asks the worker what it is, and takes the lease of its pages or goes on with it.
+
+        Raises Unavailable when it cannot be reached, or another router has the lease.
+        """
 
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         """Runs one step; `hole` fills the MoE of each layer. One step at a time per lane.
 
-        Raises Unavailable when the worker is lost, FailedPrecondition when it has another incarnation than the plan,
-        InvalidRequest when it refuses the plan, and whatever `hole` raises. The lane can be used again after each.
+        Raises Unavailable (StepNotBegun) when the worker is lost, or with SHUTTING_DOWN when it is about to end and has
+        not begun the step; FailedPrecondition when it has another incarnation than the plan, InvalidRequest when it refuses the plan, and whatever `hole` raises. The lane can be used again after each.
         """
 
     async def close(self) -> None:

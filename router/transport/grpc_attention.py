@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import time
+import uuid
+from collections.abc import Iterable
 
 from grokmoe import tensors
-from grokmoe.channel import RECONNECT_OPTIONS, open_channel
-from grokmoe.errors import InternalError, Unavailable
+from grokmoe.errors import InternalError, Reason, Unavailable
 from grokmoe.plan_codec import plan_to_proto, result_from_proto
 from grokmoe.status import from_failure
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.v1 import attention_pb2
 from router.legs import Legs
-from router.transport.base import AttentionInfo, Hole
+from router.transport.base import AttentionInfo, Hole, StepNotBegun
 from router.transport.grpc_stream import ANY_ROWS, Stream, describe
+from router.transport.worker_access import PLAIN, WorkerAccess
 
 SERVICE = "grokmoe.v1.Attention"
 
 HOLE_TIMEOUT = 120.0
-"""Seconds an attention worker may take between two messages of a step."""
+"""Seconds an attention worker may take between two messages of a step, if nobody else cuts it off (router/cell.py)."""
+
+
+def new_router_id() -> str:
+    """Who holds a lease, unique and readable: host, process, and a part drawn at random."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class GrpcAttentionLink:
-    """An attention worker at an address."""
+    """An attention worker at an address. router_id: whose name is on the lease of its pages.
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._channel = open_channel(address, RECONNECT_OPTIONS)
+    Every link has its own: a worker that is configured twice is refused the second time, where two ledgers of the same
+    pages would spoil them.
+    """
+
+    def __init__(self, address: str, router_id: str | None = None, access: WorkerAccess = PLAIN) -> None:
+        self.address, self.router_id = address, router_id or new_router_id()
+        self._channel = access.open(address)
         self._lanes: dict[int, Stream] = {}
         self._next_step = 0
 
@@ -36,7 +49,7 @@ class GrpcAttentionLink:
         reply = await describe(
             self._channel,
             SERVICE,
-            attention_pb2.AttentionDescribeRequest(),
+            attention_pb2.AttentionDescribeRequest(router_id=self.router_id),
             attention_pb2.AttentionDescribeResponse,
         )
         return AttentionInfo(
@@ -49,6 +62,7 @@ class GrpcAttentionLink:
             page_size=reply.page_size,
             max_step_tokens=reply.max_step_tokens,
             device=reply.device,
+            is_draining=reply.draining,
         )
 
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
@@ -70,7 +84,8 @@ class GrpcAttentionLink:
             attention_pb2.StepResponse, "step_id", ANY_ROWS
         )
         begin = time.perf_counter()
-        await stream.write([tensors.encode(attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan)))])
+        plan_message = tensors.encode(attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan)))
+        await _begin(stream, [plan_message])
         while True:
             message = None
             while message is None:
@@ -99,3 +114,16 @@ class GrpcAttentionLink:
         for stream in self._lanes.values():
             stream.cancel()
         await self._channel.close(None)
+
+
+async def _begin(stream: Stream, messages: Iterable[bytes]) -> None:
+    try:
+        await stream.write(messages)
+    except Unavailable as error:
+        try:
+            # The stream has ended since its last step. Only who reads is told the reason, such as SHUTTING_DOWN.
+            await stream.read()
+        except Unavailable as ended:
+            if ended.reason is Reason.SHUTTING_DOWN:
+                raise
+        raise StepNotBegun(error.message) from error

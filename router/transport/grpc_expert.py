@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-import grpc
 import torch
 
 from grokmoe import tensors
-from grokmoe.channel import RECONNECT_OPTIONS, open_channel
 from grokmoe.errors import GrokmoeError, InvalidRequest, Unavailable
 from grokmoe.status import from_failure
 from grokmoe.v1 import expert_pb2
 from router.transport.base import CorruptReply, ExpertInfo, ExpertReply
 from router.transport.grpc_stream import ANY_ROWS, Stream, describe
+from router.transport.worker_access import PLAIN, WorkerAccess, WorkerChannel
 
 SERVICE = "grokmoe.v1.Expert"
 
@@ -27,7 +26,7 @@ class _ExpertStream:
     An answer to a call that has been given up, a second one, and one to an id that was never used are discarded.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, max_rows: int, width: int | None) -> None:
+    def __init__(self, channel: WorkerChannel, max_rows: int, width: int | None) -> None:
         self._stream = Stream(channel, f"/{SERVICE}/Forward")
         self._rows: tensors.RowAssembler[expert_pb2.ForwardResponse] = tensors.RowAssembler(
             expert_pb2.ForwardResponse, "request_id", max_rows, width
@@ -63,6 +62,9 @@ class _ExpertStream:
                 await self._stream.write(messages)
             except GrokmoeError as error:
                 self._end(error)
+            except Exception as error:  # a bug, such as a type without a codec; nobody must wait for its answer
+                self._end(Unavailable(f"a request could not be written: {type(error).__name__}: {error}"))
+                raise
 
     async def _read(self) -> None:
         try:
@@ -108,9 +110,9 @@ class _ExpertStream:
 class GrpcExpertLink:
     """An expert worker at an address."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: WorkerAccess = PLAIN) -> None:
         self.address = address
-        self._channel = open_channel(address, RECONNECT_OPTIONS)
+        self._channel = access.open(address)
         self._lanes: dict[int, _ExpertStream] = {}
         self._max_rows, self._width = ANY_ROWS, 0
 

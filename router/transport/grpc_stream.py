@@ -12,21 +12,23 @@ from typing import Any
 import grpc
 
 from grokmoe.channel import TIMEOUTS
-from grokmoe.errors import FailedPrecondition, GrokmoeError, InvalidRequest, Unavailable
+from grokmoe.errors import ConfigError, FailedPrecondition, GrokmoeError, InvalidRequest, Unavailable
 from grokmoe.status import from_rpc_error
+from router.transport.worker_access import WorkerChannel
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 ANY_ROWS = 1 << 31
 """Workers are trusted with the size of their answers: it follows from what they were asked."""
 
+_REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
 
 class Stream:
     """One open stream: whole messages in, whole messages out, errors as errors of our tree."""
 
-    def __init__(self, channel: grpc.aio.Channel, method: str) -> None:
-        untyped: Any = channel  # grpc-stubs knows neither raw bytes nor the read/write style
-        self._call: Any = untyped.stream_stream(method)()
+    def __init__(self, channel: WorkerChannel, method: str) -> None:
+        self._call: Any = channel.stream(method)
 
     async def write(self, messages: Iterable[bytes]) -> None:
         try:
@@ -59,9 +61,10 @@ class Stream:
         self._call.cancel()
 
 
-async def describe(channel: grpc.aio.Channel, service: str, request: Any, response: Any) -> Any:
-    call = channel.unary_unary(f"/{service}/Describe", request.SerializeToString, response.FromString)
+async def describe(channel: WorkerChannel, service: str, request: Any, response: Any) -> Any:
     try:
-        return await call(request, timeout=TIMEOUTS.describe)
+        return await channel.unary(f"/{service}/Describe", request, response, TIMEOUTS.describe)
     except grpc.aio.AioRpcError as error:
+        if error.code() in _REFUSALS:  # does not pass by itself: somebody has to look at the tokens
+            raise ConfigError(f"the worker refuses this router: {error.details()}") from error
         raise Unavailable(f"{error.code().name}: {error.details()}") from error

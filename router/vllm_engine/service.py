@@ -12,6 +12,7 @@ import grpc
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
+from grokmoe.access import Scope
 from grokmoe.errors import InvalidRequest
 from grokmoe.server import Service, server_stream, unary
 from router.engine import Engine
@@ -60,7 +61,7 @@ class VllmEngine:
         for name, why in NOT_THERE.items():
             if name in described:
                 handlers[name] = _refusing(name, why, described[name].server_streaming)
-        return Service(SERVICE, handlers)
+        return Service(SERVICE, handlers, method_scopes={"FlushCache": Scope.CONTROL})
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Of a stream chunks and a `complete` per candidate, else the latter only. A caller who leaves frees it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from attention_worker.engine import AttentionEngine
+from attention_worker.lease import Lease
 from attention_worker.service import SERVICE, AttentionService
 from grokmoe import tensors
 from grokmoe.channel import open_channel
-from grokmoe.errors import InvalidRequest
+from grokmoe.errors import FailedPrecondition, InvalidRequest, Reason, Unavailable
 from grokmoe.plan_codec import plan_to_proto, result_from_proto
 from grokmoe.server import RoleServer
 from grokmoe.status import from_failure, from_rpc_error
@@ -99,10 +101,24 @@ class Lane:
         self._call.cancel()
 
 
+class Clock:
+    """Stands still until the test turns it."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+SERVICES: weakref.WeakKeyDictionary[AttentionEngine, AttentionService] = weakref.WeakKeyDictionary()
+
+
 @contextlib.asynccontextmanager
 async def worker(path: Path) -> AsyncIterator[tuple[AttentionEngine, Any]]:
     engine = attention_engine(max_step_tokens=50)
-    server = RoleServer([AttentionService(engine).as_service()])
+    SERVICES[engine] = AttentionService(engine, Lease(engine.incarnation, clock=CLOCK))
+    server = RoleServer([SERVICES[engine].as_service()])
     channel = open_channel(await server.start(f"unix:{path}/socket"))
     try:
         yield engine, channel
@@ -111,18 +127,24 @@ async def worker(path: Path) -> AsyncIterator[tuple[AttentionEngine, Any]]:
         await server.stop(0)
 
 
+async def describe(channel: Any, router_id: str) -> Any:
+    request = pb.AttentionDescribeRequest(router_id=router_id)
+    answer = await channel.unary_unary(f"/{SERVICE}/Describe")(request.SerializeToString(), timeout=LIMIT)
+    return pb.AttentionDescribeResponse.FromString(answer)
+
+
 def outcome_count(engine: AttentionEngine, outcome: str) -> float:
     return float(engine.metrics.steps.labels(outcome)._value.get())
 
 
 def test_describe(tmp_path: Path) -> None:
     async def main() -> None:
-        async with worker(tmp_path) as (engine, channel):
+        async with worker(tmp_path) as (_, channel):
             describe = channel.unary_unary(f"/{SERVICE}/Describe")
             found = pb.AttentionDescribeResponse.FromString(await describe(b"", timeout=LIMIT))
             assert found == pb.AttentionDescribeResponse(
                 config_hash=CONFIG.content_hash,
-                incarnation=engine.incarnation,
+                incarnation="",
                 dtype=tensors.wire_dtype(torch.float32),
                 hidden_size=192,
                 layer_begin=0,
@@ -334,16 +356,160 @@ def test_draining_finishes_the_step_under_way_and_begins_no_other(tmp_path: Path
         await busy.begin(1)
         _, x_TD = await busy.read()
         stopping = asyncio.create_task(server.stop(LIMIT))
-        assert await idle.status() is grpc.StatusCode.OK
+        assert await idle.status() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await idle.read()
+        assert from_rpc_error(caught.value).reason is Reason.SHUTTING_DOWN
         for layer in range(CONFIG.num_layers):
             assert x_TD is not None
             await busy.fill(1, layer, moe().fill_now(layer, x_TD))
             header, x_TD = await busy.read()
         assert list(header.result.token_ids) == [FIRST_TOKEN]
-        assert await busy.status() is grpc.StatusCode.OK
+        assert await busy.status() is grpc.StatusCode.UNAVAILABLE
         async with asyncio.timeout(LIMIT / 2):
             await stopping
         await channel.close(None)
+
+    asyncio.run(main())
+
+
+def test_a_plan_that_comes_while_draining_is_refused_and_said_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with worker(tmp_path) as (engine, channel):
+            lane = Lane(engine, channel)
+            await lane.check()
+            (lane_there,) = SERVICES[engine]._lanes
+            async with asyncio.timeout(LIMIT):
+                while lane_there._reading is None:  # noqa: ASYNC110 - waiting for a message has no event
+                    await asyncio.sleep(0.002)
+            SERVICES[engine]._is_draining = True
+            lane_there._is_draining = True  # the plan is on its way when the lane is told to end
+            assert (await describe(channel, "")).draining
+            await lane.begin(2)
+            assert (await lane.failure(2)).reason is Reason.SHUTTING_DOWN
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await lane.read()
+            assert from_rpc_error(caught.value).reason is Reason.SHUTTING_DOWN
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await Lane(engine, channel).read()
+            assert from_rpc_error(caught.value).reason is Reason.SHUTTING_DOWN
+
+    asyncio.run(main())
+
+
+class TestLease:
+    def test_a_router_that_says_who_it_is_gets_the_incarnation(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with worker(tmp_path) as (engine, channel):
+                found = await describe(channel, "one")
+                assert found.incarnation == engine.incarnation == (await describe(channel, "one")).incarnation
+                await Lane(engine, channel).check()
+
+        asyncio.run(main())
+
+    def test_the_second_router_is_told_who_holds_it(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with worker(tmp_path) as (engine, channel):
+                await describe(channel, "one")
+                await Lane(engine, channel).check()
+                CLOCK.now += 9.9
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await describe(channel, "two")
+                error = from_rpc_error(caught.value)
+                assert isinstance(error, Unavailable)
+                assert "leased by router one for 9.9 s" in error.message
+                assert (await describe(channel, "")).incarnation == "", "who only asks takes nothing"
+                await Lane(engine, channel).check()
+
+        asyncio.run(main())
+
+    @pytest.mark.parametrize("leave", [Lane.cancel, Lane.close])
+    def test_it_is_free_a_moment_after_the_last_stream_has_ended(self, tmp_path: Path, leave: Any) -> None:
+        async def main() -> None:
+            async with worker(tmp_path) as (engine, channel):
+                first = (await describe(channel, "one")).incarnation
+                lanes = [Lane(engine, channel), Lane(engine, channel)]
+                for lane in lanes:
+                    await lane.check()
+                CLOCK.now += 5
+                for lane in lanes:
+                    if (waiting := leave(lane)) is not None:
+                        await waiting
+                async with asyncio.timeout(LIMIT):
+                    while SERVICES[engine]._lease.seconds_left != 1.0:  # noqa: ASYNC110 - closing has no event
+                        await asyncio.sleep(0.002)
+                CLOCK.now += 1.0
+                second = (await describe(channel, "two")).incarnation
+                assert second not in (first, "")
+                await Lane(engine, channel).check()
+
+        asyncio.run(main())
+
+    def test_plans_and_steps_of_the_last_holder_are_refused(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with worker(tmp_path) as (engine, channel):
+                await describe(channel, "one")
+                late, in_step = Lane(engine, channel), Lane(engine, channel)
+                old = plan(engine, CHUNK)
+                await in_step.begin(1)
+                _, x_TD = await in_step.read()
+                assert x_TD is not None
+                CLOCK.now += 10.0
+                await describe(channel, "two")
+                await in_step.fill(1, 0, moe().fill_now(0, x_TD))
+                await late.send(tensors.encode(pb.StepRequest(step_id=2, plan=plan_to_proto(old))))
+                for lane, step_id in ((in_step, 1), (late, 2)):
+                    error = await lane.failure(step_id)
+                    assert isinstance(error, FailedPrecondition)
+                    assert error.reason is Reason.WRONG_INCARNATION
+                await in_step.check()
+
+        asyncio.run(main())
+
+    def test_steps_keep_it(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with worker(tmp_path) as (engine, channel):
+                await describe(channel, "one")
+                lane = Lane(engine, channel)
+                await lane.begin(1)
+                for layer in range(CONFIG.num_layers):
+                    _, x_TD = await lane.read()
+                    assert x_TD is not None
+                    CLOCK.now += 9.0
+                    await lane.fill(1, layer, moe().fill_now(layer, x_TD))
+                header, _ = await lane.read()
+                assert header.HasField("result")
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await describe(channel, "two")
+
+        asyncio.run(main())
+
+
+def test_a_sequence_that_is_not_finite_is_named_and_its_neighbours_go_on(tmp_path: Path) -> None:
+    """A NaN in one sequence's MoE output, in the first layer and in the last."""
+
+    async def main() -> None:
+        async with worker(tmp_path) as (engine, channel):
+            lane = Lane(engine, channel)
+            sound, bad = SequenceChunk(PROMPT, 0, (1,), GREEDY), SequenceChunk(PROMPT, 0, (2,))
+            for step_id, (at, other, expected) in enumerate(
+                [
+                    (0, bad, [1]),  # no logits are wanted of it: its keys and values are what is spoilt
+                    (2, SequenceChunk(PROMPT, 0, (2,), GREEDY), [1]),
+                    (None, bad, []),
+                ]
+            ):
+                await lane.begin(step_id, sound, other)
+                for layer in range(CONFIG.num_layers):
+                    _, x_TD = await lane.read()
+                    assert x_TD is not None
+                    moe_TD = moe().fill_now(layer, x_TD)
+                    if layer == at:
+                        moe_TD[len(PROMPT) + 3 if layer == 0 else -1, 5] = float("nan")
+                    await lane.fill(step_id, layer, moe_TD)
+                header, _ = await lane.read()
+                assert list(header.result.faulty_chunks) == expected
+                assert header.result.token_ids[0] == FIRST_TOKEN
 
     asyncio.run(main())
 

@@ -23,7 +23,7 @@ from expert_worker.service import ExpertService
 from grokmoe import tensors
 from grokmoe.channel import open_channel
 from grokmoe.device_thread import DeviceThread
-from grokmoe.errors import Code, GrokmoeError, InvalidRequest
+from grokmoe.errors import Code, GrokmoeError, InvalidRequest, Reason
 from grokmoe.model_config import TINY
 from grokmoe.server import RoleServer
 from grokmoe.status import from_rpc_error
@@ -487,5 +487,75 @@ def test_stopping_answers_what_was_read_and_ends_idle_streams(play: Any) -> None
         assert await busy.call.read() is grpc.aio.EOF
         async with asyncio.timeout(3):
             await stopping
+
+    play(scenario)
+
+
+def test_a_request_that_is_queued_for_too_long_is_never_computed(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        stream = world.stream()
+        release = threading.Event()
+        world.device.post(release.wait)
+        await stream.send(Request(**GOOD, timeout_ms=20), ROWS)
+        await stream.send(Request(**(GOOD | {"request_id": 6}), timeout_ms=60_000), ROWS)
+        await stream.send(Request(**(GOOD | {"request_id": 7})), ROWS)
+        answer, out_ND = await stream.receive()
+        assert answer.request_id == 5
+        assert answer.failure.code == Code.DEADLINE_EXCEEDED
+        assert out_ND is None
+        release.set()
+        assert sorted([(await stream.receive())[0].request_id for _ in range(2)]) == [6, 7]
+        await until(lambda: world.sample("batch_rows_sum") > 0)
+        assert world.sample("batch_rows_sum") == 2 * len(ROWS), "the first one's rows are not among them"
+        assert world.sample("requests_total", outcome="expired") == 1
+        await world.assert_usable(stream, request_id=5)
+
+    play(scenario)
+
+
+def test_a_request_answered_in_time_is_not_answered_again(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        stream = world.stream()
+        await stream.send(Request(**GOOD, timeout_ms=30), ROWS)
+        answer, out_ND = await stream.receive()
+        assert (answer.request_id, out_ND is not None) == (5, answer.failure.code != Code.DEADLINE_EXCEEDED)
+        await asyncio.sleep(0.05)
+        await world.assert_usable(stream)
+
+    play(scenario)
+
+
+def test_a_worker_that_drains_refuses_what_comes_and_answers_what_it_has(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "DRAIN_LINGER", 0.5)
+
+    async def scenario(world: World) -> None:
+        describe = world.channel.unary_unary(
+            f"/{NAME}/Describe",
+            expert_pb2.ExpertDescribeRequest.SerializeToString,
+            expert_pb2.ExpertDescribeResponse.FromString,
+        )
+        assert not (await describe(expert_pb2.ExpertDescribeRequest())).draining
+        busy, late = world.stream(), world.stream()
+        await world.assert_usable(late)
+        release = threading.Event()
+        world.device.post(release.wait)
+        await busy.send(Request(**GOOD), ROWS)
+        await until(lambda: world.sample("queue") == 1)
+        world.service.drain()
+        assert (await describe(expert_pb2.ExpertDescribeRequest())).draining
+        for stream in (late, busy):
+            await stream.send(Request(**(GOOD | {"request_id": 6})), ROWS)
+            answer, _ = await stream.receive()
+            assert answer.request_id == 6
+            assert (answer.failure.code, answer.failure.reason) == (Code.UNAVAILABLE, Reason.SHUTTING_DOWN)
+        error = await world.stream().error()
+        assert (error.code, error.reason) == (Code.UNAVAILABLE, Reason.SHUTTING_DOWN)
+        release.set()
+        answer, out_ND = await busy.receive()
+        assert answer.request_id == 5
+        assert out_ND is not None
+        assert await busy.call.read() is grpc.aio.EOF, "it ends by itself"
 
     play(scenario)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -13,15 +14,18 @@ import torch
 
 from grokmoe.errors import ConfigError, InternalError, InvalidRequest, Unavailable
 from router import dispatch
-from router.experts import ExpertPool, ExpertPoolSettings, ExpertsUnavailable
+from router.discovery import Changes
+from router.experts import Cause, ExpertPool, ExpertPoolSettings, ExpertsUnavailable
 from router.legs import Legs
-from router.transport.base import ExpertInfo, ExpertLink
+from router.placement import NOBODY
+from router.transport.base import ExpertLink
 from router.worker_state import WorkerState
 from tests.router import tiny
+from tests.router.faulty_experts import Fault, FaultyExpert
 from tests.router.tiny import CONFIG, DTYPE, ExpertDouble, expert_info, until
 
-QUICK = ExpertPoolSettings(replica_wait=0.1, probe_interval=0.005)
-PATIENT = ExpertPoolSettings(replica_wait=30.0, probe_interval=0.005)
+QUICK = ExpertPoolSettings(replica_wait=0.1, probe_interval=0.005, probe_interval_max=0.02)
+PATIENT = ExpertPoolSettings(replica_wait=30.0, probe_interval=0.005, probe_interval_max=0.02)
 
 X_TD = torch.randn(9, CONFIG.hidden_size, generator=torch.Generator().manual_seed(3))
 IDS_TK = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(token))[:2] for token in range(9)])
@@ -45,7 +49,7 @@ async def pool_of(
 
 async def call(pool: ExpertPool, layer: int = 1, legs: Legs | None = None) -> torch.Tensor:
     """One MoE call. Returns rows in the order of tokens and ranks, whoever computed them."""
-    plan = dispatch.plan(IDS_TK, WEIGHTS_TK, await pool.choose(layer))
+    plan = dispatch.plan(IDS_TK, WEIGHTS_TK, pool.choose(layer))
     rows_ND = await pool.forward(0, layer, plan.shards, dispatch.gather(plan, X_TD), legs or Legs())
     return rows_ND[plan.row_of_rank_TK.reshape(-1)]
 
@@ -273,21 +277,197 @@ class TestJoining:
 
         asyncio.run(main())
 
-    def test_a_worker_that_comes_back_without_what_only_it_held_is_not_used(self) -> None:
+    def test_a_worker_that_comes_back_without_what_only_it_held_is_used_for_the_rest(self) -> None:
         async def main() -> None:
             only = ExpertDouble(range(8))
             async with pool_of([only]) as pool:
                 only.is_up = False
                 with pytest.raises(ExpertsUnavailable):
                     await call(pool)
-                asked: list[ExpertInfo] = []
+                only.info, only.is_up = expert_info(range(7)), True
+                await until(lambda: pool.members[0].is_usable)
+                with pytest.raises(ExpertsUnavailable, match="no worker holds expert 7"):
+                    await call(pool)
+                chosen = pool.choose(1)
+                assert chosen == [0] * 7 + [NOBODY]
+                plan = dispatch.plan(IDS_TK % 7, WEIGHTS_TK, chosen)
+                rows_ND = dispatch.gather(plan, X_TD)
+                await pool.forward(0, 1, plan.shards, rows_ND, Legs())
 
-                async def describe() -> ExpertInfo:
-                    asked.append(expert_info(range(7)))
-                    return asked[-1]
+        asyncio.run(main())
 
-                only.describe, only.is_up = describe, True  # type: ignore[method-assign]
-                await until(lambda: len(asked) > 2)
+    @pytest.mark.parametrize(
+        "changes",
+        [{"max_rows": 101}, {"config_hash": "other"}, {"experts": ((8, 0, 3),)}, {"experts": ((0, 0, 4),)}],
+        ids=str,
+    )
+    def test_a_worker_that_comes_back_unfit_is_not_used(self, changes: dict[str, object]) -> None:
+        async def main() -> None:
+            changing, stable = ExpertDouble(), ExpertDouble()
+            async with pool_of([changing, stable]) as pool:
+                pool.check_rows(51)
+                changing.is_up = False
+                await call(pool)
+                fit = changing.info
+                changing.info = dataclasses.replace(fit, **changes)  # type: ignore[arg-type]
+                changing.is_up = True
+                asked = changing.num_described
+                await until(lambda: changing.num_described > asked + 2)
                 assert pool.members[0].state is WorkerState.SUSPECT, "however often it is asked"
+                changing.info = fit
+                await until(lambda: pool.members[0].is_usable)
+
+        asyncio.run(main())
+
+
+class TestMembership:
+    def test_a_worker_that_is_added_is_used(self) -> None:
+        async def main() -> None:
+            first, second = ExpertDouble(), ExpertDouble()
+            async with pool_of([first]) as pool:
+                second.is_up = False
+                member = pool.add(second)
+                assert member.index == 1
+                assert torch.equal(await call(pool), expected())
+                assert second.calls == []
+                second.is_up = True
+                await until(lambda: member.is_usable)
+                assert torch.equal(await call(pool), expected())
+                assert second.calls != []
+
+        asyncio.run(main())
+
+    def test_a_call_waits_for_a_worker_that_is_added(self) -> None:
+        async def main() -> None:
+            only = ExpertDouble()
+            async with pool_of([only], PATIENT) as pool:
+                only.is_up = False
+                waiting = asyncio.create_task(call(pool))
+                await until(lambda: pool.members[0].state is WorkerState.SUSPECT)
+                pool.add(ExpertDouble())
+                assert torch.equal(await waiting, expected())
+
+        asyncio.run(main())
+
+    def test_a_worker_that_is_removed_answers_what_it_has(self) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+
+        def slow(*arguments: object) -> torch.Tensor:
+            begun.set()
+            go_on.wait(10)
+            return tiny.experts(*arguments)  # type: ignore[arg-type]
+
+        async def main() -> None:
+            leaving = ExpertDouble(forward=slow)
+            async with pool_of([leaving], PATIENT) as pool:
+                waiting = asyncio.create_task(call(pool))
+                await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
+                pool.remove(pool.members[0])
+                pool.remove(pool.members[0])
+                assert pool.members[0].state is WorkerState.DRAINING
+                replica = pool.add(ExpertDouble())
+                await until(lambda: replica.is_usable)
+                num_calls = len(leaving.calls)
+                assert torch.equal(await call(pool), expected())
+                assert len(leaving.calls) == num_calls, "who leaves gets no work"
+                assert not waiting.done()
+                go_on.set()
+                assert torch.equal(await waiting, expected())
+                await until(lambda: pool.members == [replica])
+                assert pool.add(ExpertDouble()).index == 2, "an index is never given twice"
+
+        asyncio.run(main())
+
+    def test_a_discovery_is_followed(self) -> None:
+        async def main() -> None:
+            async with pool_of([ExpertDouble()]) as pool:
+                made: dict[str, ExpertDouble] = {}
+
+                def make(address: str) -> ExpertDouble:
+                    made[address] = ExpertDouble()
+                    made[address].address = address
+                    return made[address]
+
+                pool.follow(Changes(added=("b", "c")), make)
+                await until(lambda: [each.is_usable for each in pool.members] == [True] * 3)
+                pool.follow(Changes(removed=("double [0, 1, 2, 3, 4, 5, 6, 7]", "b", "unknown")), make)
+                assert torch.equal(await call(pool), expected())
+                assert made["b"].calls == []
+                await until(lambda: [each.link.address for each in pool.members] == ["c"])
+
+        asyncio.run(main())
+
+    def test_a_worker_that_drains_gets_no_work_until_another_process_answers(self) -> None:
+        async def main() -> None:
+            draining, stable = FaultyExpert({0: Fault.DRAIN}), ExpertDouble()
+            async with pool_of([draining, stable]) as pool:
+                draining.info = dataclasses.replace(draining.info, is_draining=True)
+                assert torch.equal(await call(pool), expected())
+                assert pool.members[0].state is WorkerState.DRAINING
+                assert pool.counters.retries[Cause.DRAINING] == 1
+                asked = draining.num_described
+                await until(lambda: draining.num_described > asked + 2)
+                assert pool.members[0].state is WorkerState.DRAINING
+                draining.is_up = False
+                await until(lambda: pool.members[0].state is WorkerState.SUSPECT)
+                draining.info, draining.is_up = expert_info(incarnation="two"), True
+                await until(lambda: pool.members[0].is_usable)
+
+        asyncio.run(main())
+
+    def test_a_worker_away_for_long_is_dead_and_comes_back(self) -> None:
+        async def main() -> None:
+            settings = ExpertPoolSettings(probe_interval=0.005, probe_interval_max=0.01, dead_after=0.03)
+            lost, stable = ExpertDouble(), ExpertDouble()
+            async with pool_of([lost, stable], settings) as pool:
+                lost.is_up = False
+                await call(pool)
+                await until(lambda: pool.members[0].state is WorkerState.DEAD)
+                assert torch.equal(await call(pool), expected())
+                lost.is_up = True
+                await until(lambda: pool.members[0].is_usable)
+
+        asyncio.run(main())
+
+
+class TestExpertsThatNobodyHolds:
+    """A step must not wait for an expert that none of its rows is for."""
+
+    async def rows_for(self, pool: ExpertPool, experts: list[int]) -> torch.Tensor:
+        plan = dispatch.plan(torch.tensor([experts]), torch.ones(1, len(experts)), pool.choose(1))
+        rows_ND = await pool.forward(0, 1, plan.shards, dispatch.gather(plan, X_TD[:1]), Legs())
+        return rows_ND[plan.row_of_rank_TK.reshape(-1)]
+
+    def test_only_rows_for_it_wait(self) -> None:
+        async def main() -> None:
+            low, high = ExpertDouble(range(4)), ExpertDouble(range(4, 8))
+            async with pool_of([low, high], PATIENT) as pool:
+                high.is_up = False
+                waiting = asyncio.create_task(self.rows_for(pool, [1, 5]))
+                await until(lambda: pool.members[1].state is WorkerState.SUSPECT)
+                rows_ND = await self.rows_for(pool, [2, 3])
+                assert torch.equal(rows_ND, tiny.experts(1, (2, 3), (1, 1), X_TD[[0, 0]]))
+                late = asyncio.create_task(self.rows_for(pool, [0, 7]))
+                num_calls = len(low.calls)
+                await until(lambda: len(low.calls) > num_calls)
+                assert not waiting.done()
+                assert not late.done(), "its other half is computed meanwhile"
+                high.is_up = True
+                assert torch.equal(await waiting, tiny.experts(1, (1, 5), (1, 1), X_TD[[0, 0]]))
+                assert torch.equal(await late, tiny.experts(1, (0, 7), (1, 1), X_TD[[0, 0]]))
+
+        asyncio.run(main())
+
+    def test_the_step_s_own_deadline_ends_the_wait(self) -> None:
+        async def main() -> None:
+            only = ExpertDouble()
+            async with pool_of([only], PATIENT) as pool:
+                only.is_up = False
+                plan = dispatch.plan(IDS_TK, WEIGHTS_TK, pool.choose(1))
+                deadline = time.monotonic() + 0.05
+                with pytest.raises(ExpertsUnavailable) as caught:
+                    await pool.forward(0, 1, plan.shards, dispatch.gather(plan, X_TD), Legs(), deadline)
+                assert caught.value.retry_after > 0
+                assert time.monotonic() < deadline + 5
 
         asyncio.run(main())

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from grokmoe.errors import ConfigError
-from router.placement import Placement, spread
+from router.placement import NOBODY, Placement, spread
 
 
 @given(st.integers(1, 20), st.integers(1, 24), st.integers(1, 5))
@@ -77,16 +77,51 @@ def test_tables_that_cannot_be(
         Placement.build(2, 2, held, preferred)
 
 
+def test_at_run_time_a_table_may_have_holes() -> None:
+    table = Placement.build(2, 2, {3: [(0, 0, 2)]}, {0: [9, 3], 1: [9]}, is_strict=False)
+    assert table.holders == (((3,), ()), ((3,), ()))
+    table = Placement.build(1, 2, {3: [(0, 0, 1)], 4: [(0, 0, 1), (1, 0, 1)]}, {0: [9]}, is_strict=False)
+    assert table.holders == (((3, 4), (4,)),), "without any preferred worker all others are used"
+    with pytest.raises(ConfigError, match="holds expert 2"):
+        Placement.build(1, 2, {3: [(2, 0, 1)]}, is_strict=False)
+
+
 class TestChoose:
     PLACEMENT = Placement((((0, 1), (0, 1), (0, 1), (2,)),))
+    THREE = Placement((((0, 1, 2),) * 6,))
 
     def test_replicas_share_the_experts_of_an_idle_cluster(self) -> None:
-        assert self.PLACEMENT.choose(0, {0, 1, 2}, {}) == [0, 1, 0, 2]
+        assert self.PLACEMENT.choose(0, {0: 0, 1: 0, 2: 0}, lambda: 0.0) == [0, 1, 0, 2]
+        for draw in (0.0, 0.99):
+            assert self.THREE.choose(0, {0: 7, 1: 7, 2: 7}, lambda draw=draw: draw) == [0, 1, 2, 0, 1, 2]  # type: ignore[misc]
 
-    def test_the_least_loaded_is_used(self) -> None:
-        assert self.PLACEMENT.choose(0, {0, 1, 2}, {0: 5, 1: 4}) == [1, 1, 1, 2]
-        assert self.PLACEMENT.choose(0, {0, 1, 2}, {0: 5, 1: 5, 2: 99}) == [0, 1, 0, 2]
+    def test_of_two_the_least_loaded_is_used(self) -> None:
+        assert self.PLACEMENT.choose(0, {0: 5, 1: 4, 2: 0}, lambda: 0.0) == [1, 1, 1, 2]
+        assert self.PLACEMENT.choose(0, {0: 5, 1: 5, 2: 99}, lambda: 0.0) == [0, 1, 0, 2]
+
+    def test_one_of_the_two_is_drawn(self) -> None:
+        load = {0: 9, 1: 0, 2: 5}
+        assert self.THREE.choose(0, load, lambda: 0.0) == [1, 1, 2, 1, 1, 2], "the next one"
+        assert self.THREE.choose(0, load, lambda: 0.99) == [2, 1, 1, 2, 1, 1], "the last one"
+
+    @given(
+        load=st.dictionaries(st.integers(0, 4), st.integers(0, 99)),
+        holders=st.lists(st.lists(st.integers(0, 4), unique=True), min_size=1, max_size=8),
+        draw=st.floats(0, 1, exclude_max=True),
+    )
+    def test_a_holder_that_is_ready_and_never_the_most_loaded(
+        self, load: dict[int, int], holders: list[list[int]], draw: float
+    ) -> None:
+        chosen = Placement((tuple(map(tuple, holders)),)).choose(0, load, lambda: draw)
+        for workers, worker in zip(holders, chosen, strict=True):
+            ready = [each for each in workers if each in load]
+            if not ready:
+                assert worker == NOBODY
+                continue
+            assert worker in ready
+            others = [load[each] for each in ready if each != worker]
+            assert not others or load[worker] <= max(others)
 
     def test_only_ready_workers_are_used(self) -> None:
-        assert self.PLACEMENT.choose(0, {1}, {1: 1000}) == [1, 1, 1, None]
-        assert self.PLACEMENT.choose(0, (), {}) == [None] * 4
+        assert self.PLACEMENT.choose(0, {1: 1000}, lambda: 0.0) == [1, 1, 1, NOBODY]
+        assert self.PLACEMENT.choose(0, {}, lambda: 0.0) == [NOBODY] * 4

@@ -18,14 +18,14 @@ from expert_worker.engine import ExpertEngine
 from expert_worker.service import ExpertService
 from grokmoe import tensors
 from grokmoe.device_thread import DeviceThread
-from grokmoe.errors import FailedPrecondition, InvalidRequest, Unavailable
+from grokmoe.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Unavailable
 from grokmoe.server import RoleServer
 from grokmoe.step_plan import GREEDY, LogitsScope, SequenceChunk, StepPlan, StepResult, TokenSampling, TokenScoring
 from grokmoe.telemetry import ExpertMetrics, new_registry
 from launcher.serve import describe
 from router.legs import Legs
 from router.moe import LocalMoe, RowCounter
-from router.transport import grpc_attention, grpc_expert
+from router.transport import grpc_attention
 from router.transport.base import AttentionLink
 from router.transport.grpc_attention import GrpcAttentionLink
 from router.transport.grpc_expert import GrpcExpertLink
@@ -338,18 +338,32 @@ class TestExperts:
 
         asyncio.run(main())
 
-    def test_a_worker_that_is_too_slow_and_answers_late(self, address: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_lane_that_is_reset_owes_nothing(self, address: Path) -> None:
         async def main() -> None:
             async with SlowExperts(address) as worker, linked(GrpcExpertLink(f"unix:{address}")) as link:
                 await check_call(link, 0)
                 worker.hold()
-                monkeypatch.setattr(grpc_expert, "EXPERT_CALL_TIMEOUT", 0.05)
-                with pytest.raises(Unavailable, match="no answer from the expert worker"):
-                    await link.forward(0, *call_of(1))
-                monkeypatch.setattr(grpc_expert, "EXPERT_CALL_TIMEOUT", 30.0)
-                waiting = asyncio.create_task(check_call(link, 2))
+                given_up = asyncio.create_task(link.forward(0, *call_of(1)))
+                other_lane = asyncio.create_task(check_call(link, 2, lane=1))
+                await until(lambda: worker.device.num_waiting == 2)
+                link.reset(0)
+                link.reset(7)
+                with pytest.raises(Unavailable, match="closed"):
+                    await given_up
+                waiting = asyncio.create_task(check_call(link, 3))
                 worker.release()
-                await waiting
+                await asyncio.gather(waiting, other_lane)
+
+        asyncio.run(main())
+
+    def test_a_call_without_time_to_begin(self, address: Path) -> None:
+        async def main() -> None:
+            async with SlowExperts(address) as worker, linked(GrpcExpertLink(f"unix:{address}")) as link:
+                worker.hold()
+                with pytest.raises(DeadlineExceeded, match="nobody waits"):
+                    await link.forward(0, *call_of(1), timeout=0.05)
+                worker.release()
+                await check_call(link, 2)
 
         asyncio.run(main())
 

@@ -142,15 +142,20 @@ def expert_info(held: Iterable[int] = range(8), **changes: Any) -> ExpertInfo:
 
 
 class ExpertDouble(LocalExpertLink):
-    """An expert worker that the test can take away. `calls`: (layer, expert ids) of every call it got."""
+    """An expert worker that the test can take away. `calls`: (layer, expert ids) of every call it got.
+
+    num_described: how often it was asked what it is.
+    """
 
     def __init__(self, held: Iterable[int] = range(8), forward: Callable[..., torch.Tensor] = experts) -> None:
         self.info = expert_info(held)
         super().__init__(forward, self.info, f"double {sorted(held)}")
         self.is_up = True
         self.calls: list[tuple[int, tuple[int, ...]]] = []
+        self.num_described = 0
 
     async def describe(self) -> ExpertInfo:
+        self.num_described += 1
         if not self.is_up:
             raise Unavailable("away")
         return self.info
@@ -176,9 +181,13 @@ async def serving(
     expert_links: Sequence[ExpertLink] | None = None,
     pool_settings: ExpertPoolSettings | None = None,
     admission: AdmissionSettings | None = None,
+    faults: dict[str, Any] | None = None,
     **limits: Any,
 ) -> AsyncIterator[Engine]:
-    """An engine that has started. Its books are checked at the end. expert_links: None for experts in this process."""
+    """An engine that has started. Its books are checked at the end.
+
+    expert_links: None for experts in this process. faults: more of EngineSettings. limits: of SchedulerSettings.
+    """
     links = attention if isinstance(attention, Sequence) else [attention]
     counter, pool = RowCounter(CONFIG), None
     make_hole: Callable[[int, Legs], Hole]
@@ -197,6 +206,7 @@ async def serving(
         SchedulerSettings(context_length=CONFIG.context_length, **{"min_lane_rows": 1, **limits}),
         admission or AdmissionSettings(),
         30.0,
+        **(faults or {}),
     )
     engine = Engine(CONFIG, DTYPE, links, make_hole, pool, counter, settings, RouterMetrics(new_registry()))
     await engine.start()

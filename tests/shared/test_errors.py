@@ -26,6 +26,8 @@ TREE = [
     errors.NotFound("no such model"),
     errors.ResourceExhausted("queue full", retry_after=2.25),
     errors.ResourceExhausted("queue full", retry_after=0.0),
+    errors.Unauthenticated("who are you?"),
+    errors.PermissionDenied("not you"),
     errors.FailedPrecondition("another incarnation: 'ä', 漢, \n, %41"),
     errors.Unavailable("worker 3 is missing", retry_after=0.001),
     errors.DeadlineExceeded("too late"),

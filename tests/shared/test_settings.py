@@ -129,6 +129,7 @@ VALUES = {
     "tuple[str, ...]": st.lists(ADDRESS, max_size=3).map(tuple),
     "tuple[int, ...]": st.lists(st.integers(), max_size=3).map(tuple),
     "int | None": st.none() | st.integers(),
+    "str | None": st.none() | TEXT,
     "Colour": st.sampled_from(Colour),
 }
 
@@ -136,6 +137,12 @@ VALUES = {
 BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "port": st.integers(0, 65535),
     "metrics_port": st.integers(-1, 65535),
+    "openai_port": st.integers(0, 65535),
+    "health_listen": st.sampled_from(["", "127.0.0.1:0", "unix:/a b/health.sock"]),
+    "tls_certificate": st.just(""),
+    "tls_key": st.just(""),
+    "tls_client_ca": st.just(""),
+    "tokens_file": st.just(""),
     "listen": st.sampled_from(["127.0.0.1:0", "[::]:7000", "unix:/a b/c.sock"]),
     "kv_gib": st.floats(1e-3, 1e6),
     "state": st.sampled_from(["", "state.json", "-x.json"]),

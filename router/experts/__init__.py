@@ -1,0 +1,13 @@
+"""The live expert workers: which are ready, which one a call uses, what happens when one fails.
+
+settings, counters; latency: how long a call may take; member: one worker; members: joining, losing, coming back;
+answers: whether one can be true; attempt: one call; hedging: a second one beside it; pool: rows out, rows back.
+"""
+
+from router.experts.counters import Cause, ExpertCounters
+from router.experts.member import ExpertMember
+from router.experts.members import ExpertsUnavailable
+from router.experts.pool import ExpertPool
+from router.experts.settings import ExpertPoolSettings
+
+__all__ = ["Cause", "ExpertCounters", "ExpertMember", "ExpertPool", "ExpertPoolSettings", "ExpertsUnavailable"]

@@ -1,0 +1,36 @@
+"""Whether a worker fits into the pool, by what it says of itself. Pure; asked whenever it joins or comes back."""
+
+from __future__ import annotations
+
+import torch
+
+from grokmoe.errors import ConfigError
+from grokmoe.model_config import ModelConfig
+from router.placement import check_held
+from router.transport.base import ExpertInfo
+
+
+def check_fits(config: ModelConfig, dtype: torch.dtype, max_step_tokens: int, name: str, info: ExpertInfo) -> None:
+    """Raises ConfigError when the worker serves another model, holds what there is not, or takes too few rows.
+
+    max_step_tokens: see `check_rows`.
+    """
+    if info.config_hash != config.content_hash:
+        raise ConfigError(
+            f"{name} serves another model: config hash {info.config_hash}, expected {config.content_hash}"
+        )
+    if info.dtype != dtype:
+        raise ConfigError(f"{name} computes in {info.dtype}, expected {dtype}")
+    check_held(config.num_layers, config.num_experts, name, info.experts)
+    check_rows(config, max_step_tokens, name, info)
+
+
+def check_rows(config: ModelConfig, max_step_tokens: int, name: str, info: ExpertInfo) -> None:
+    """Raises ConfigError when a step of `max_step_tokens` can send the worker more rows than it takes in one call."""
+    num_held = len({expert for expert, _, _ in info.experts})
+    most = max_step_tokens * min(num_held, config.experts_per_token)
+    if info.max_rows < most:
+        raise ConfigError(
+            f"{name} takes {info.max_rows} rows in a call, a step of {max_step_tokens} tokens may send it {most}: "
+            "lower max_step_tokens"
+        )
