@@ -15,6 +15,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 from grokmoe.access import Scope
 from grokmoe.errors import InvalidRequest
 from grokmoe.server import Service, server_stream, unary
+from router.call_context import read_call
 from router.engine import Engine
 from router.service import GenerationService
 from router.vllm_engine import info
@@ -69,7 +70,7 @@ class VllmEngine:
         writer = ResponseWriter(request)
         try:
             ours = to_generate_request(request, self._longest)
-            async with contextlib.aclosing(self._generation.stream(ours)) as parts:
+            async with contextlib.aclosing(self._generation.stream(ours, read_call(context))) as parts:
                 async for part in parts:
                     for message in writer.write(part):
                         yield message

@@ -146,7 +146,7 @@ def test_a_router_whose_pages_went_to_another_keeps_its_requests(tmp_path: Path)
     """It was silent for too long. Its sequences wait until the worker is free again; nobody takes it by force."""
 
     async def main() -> None:
-        async with Worker(tmp_path, release=0.05) as worker, router(worker, max_migrations=1) as engine:
+        async with Worker(tmp_path, release=1.0) as worker, router(worker, max_migrations=1) as engine:
             generation = engine.submit(golden_request("len33", max_tokens=16))
             await until(lambda: generation.sequences[0].num_outputs > 2)
             worker.service._lease._heard -= 1000.0
