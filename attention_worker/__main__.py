@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from attention_worker.config import AttentionWorkerSettings
+from attention_worker.lease import Lease
 from attention_worker.loading import load_engine
 from attention_worker.service import AttentionService
 from grokmoe.device_thread import DeviceThread
@@ -28,7 +29,8 @@ async def serve(settings: AttentionWorkerSettings, server: ServerSettings) -> No
     """Loads, then serves until a signal comes. Raises StartupError."""
     registry = new_registry()
     engine = load_engine(settings, AttentionMetrics(registry), DeviceThread("attention-device"))
-    await run(server, [AttentionService(engine).as_service()], registry)
+    service = AttentionService(engine, Lease(engine.incarnation, settings.lease_seconds))
+    await run(server, [service.as_service()], registry)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

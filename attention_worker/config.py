@@ -23,11 +23,14 @@ class AttentionWorkerSettings:
     kv_gib: float = setting(1.0, "memory for KV pages in GiB; at least one sequence of full context gets room")
     num_pages: int = setting(0, "KV pages; 0: as many as fit into --kv-gib")
     max_step_tokens: int = setting(2048, "most tokens in one step; a plan with more is refused")
+    lease_seconds: float = setting(10.0, "seconds of silence after which another router may take the KV pages")
 
     def __post_init__(self) -> None:
         for name, least in (("threads", 0), ("page_size", 1), ("num_pages", 0), ("max_step_tokens", 1)):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
-        if not (math.isfinite(self.kv_gib) and self.kv_gib > 0):
-            raise ConfigError(f"kv_gib is {self.kv_gib}, must be finite and above 0")
+        for name in ("kv_gib", "lease_seconds"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} is {value}, must be finite and above 0")

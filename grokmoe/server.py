@@ -336,6 +336,18 @@ def stop_signal(exit_on_stdin_eof: bool = False) -> asyncio.Event:
     return stop
 
 
+def _follower(server: RoleServer) -> Callable[[bool], None]:
+    """Sets health from code that cannot wait; what is told last holds."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    def follow(is_ready: bool) -> None:
+        task = asyncio.ensure_future(server.set_ready(is_ready))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    return follow
+
+
 async def run(
     settings: ServerSettings,
     services: Sequence[Service],
@@ -343,12 +355,14 @@ async def run(
     before_ready: Callable[[], Awaitable[None]] | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
     refused: Callable[[str], None] = lambda code: None,
+    readiness: list[Callable[[bool], None]] | None = None,
 ) -> None:
     """Serves until a signal comes. Prints `METRICS <address>` and `READY <address>` on standard output, and before
     them `HEALTH <address>` if health has an address of its own.
 
     before_ready: what must have happened before the services are ready; health answers meanwhile.
     interceptors, refused: see RoleServer.
+    readiness: whoever puts a function in is told, once it is ready, by calling it whether the services are ready still.
     """
     stop = stop_signal(settings.exit_on_stdin_eof)
     server = RoleServer(services, settings, interceptors, refused)
@@ -368,6 +382,8 @@ async def run(
                 return
             await waiting
         await server.set_ready(True)
+        if readiness is not None:
+            readiness.append(_follower(server))
         if metrics:
             print(f"METRICS {metrics}", flush=True)  # noqa: T201 - read by whoever started this process
         print(f"READY {address}", flush=True)  # noqa: T201

@@ -23,7 +23,8 @@ from grokmoe.settings import setting
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, free_port, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
-from router.config import RouterSettings
+from router.config import LimitSettings, RouterSettings
+from router.fault_metrics import FaultCollector
 from router.loading import build_engine, build_services, load_model
 from router.moe import LocalExperts
 from router.transport.base import AttentionInfo
@@ -31,7 +32,7 @@ from router.transport.local import LocalAttentionLink
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeSettings(SecuritySettings):
+class ServeSettings(SecuritySettings, LimitSettings):
     """What `grokmoe serve` takes."""
 
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
@@ -43,9 +44,7 @@ class ServeSettings(SecuritySettings):
     threads: int = setting(0, "threads of one operation; 0: torch's choice")
     page_size: int = setting(32, "positions per KV page")
     kv_gib: float = setting(1.0, "memory for KV pages in GiB")
-    max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
-    max_running: int = setting(256, "sequences that hold KV pages at the same time")
-    max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    deterministic: bool = setting(False, "the same bits whatever else is computed beside, in bfloat16 too")
     openai: bool = setting(False, "serve the OpenAI HTTP API too, by a gateway in a process of its own")
     openai_port: int = setting(DEFAULT_OPENAI_PORT, "port of the OpenAI HTTP API; 0: any free one")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
@@ -79,7 +78,8 @@ def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertM
     with Checkpoint.open(settings.model, settings.variant) as checkpoint:
         config = checkpoint.config
         held = parse_experts(ALL, config.num_experts, config.num_layers)
-        experts = ExpertSet(config, held, getattr(torch, settings.dtype), torch.device("cpu"))
+        dtype = getattr(torch, settings.dtype)
+        experts = ExpertSet(config, held, dtype, torch.device("cpu"), settings.deterministic)
         device.call(expert_weights.load, experts, checkpoint)
     engine = ExpertEngine(experts, metrics, device)
     return lambda layer, expert_ids, counts, rows_ND: engine.forward(layer, expert_ids, counts, rows_ND).rows_ND
@@ -96,12 +96,7 @@ async def serve(settings: ServeSettings) -> None:
     torch.set_num_threads(1)  # this thread's; the device thread has the team (attention_worker/loading.py)
     registry = new_registry()
     common = {"model": settings.model, "variant": settings.variant, "dtype": settings.dtype}
-    router = RouterSettings(
-        **common,
-        max_step_tokens=settings.max_step_tokens,
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-    )
+    router = RouterSettings(**common, **settings.limits())
     model = load_model(router)
     attention = load_attention(
         AttentionWorkerSettings(
@@ -110,6 +105,7 @@ async def serve(settings: ServeSettings) -> None:
             page_size=settings.page_size,
             kv_gib=settings.kv_gib,
             max_step_tokens=settings.max_step_tokens,
+            deterministic=settings.deterministic,
         ),
         AttentionMetrics(registry),
         DeviceThread(),
@@ -117,6 +113,7 @@ async def serve(settings: ServeSettings) -> None:
     experts = load_experts(settings, attention.device, ExpertMetrics(registry))
     link = LocalAttentionLink(attention, describe(attention))
     engine = build_engine(model, router, [link], RouterMetrics(registry), experts)
+    registry.register(FaultCollector(engine))
     server = ServerSettings(
         listen=f"{settings.host}:{port}",
         metrics_port=settings.metrics_port,

@@ -23,12 +23,12 @@ from grokmoe.settings import setting, to_flags
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from launcher.process import RoleProcess
-from router.config import RouterSettings, read_placement
+from router.config import LimitSettings, RouterSettings, read_placement
 from router.placement import spread
 
 
 @dataclasses.dataclass(frozen=True)
-class UpSettings(SecuritySettings):
+class UpSettings(SecuritySettings, LimitSettings):
     """What `grokmoe up` takes. Who may call is said of the router: the workers' sockets are its own user's alone."""
 
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
@@ -43,9 +43,7 @@ class UpSettings(SecuritySettings):
     lanes: int = setting(1, "steps in flight per attention worker")
     page_size: int = setting(32, "positions per KV page")
     kv_gib: float = setting(1.0, "memory for KV pages of each attention worker in GiB")
-    max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
-    max_running: int = setting(256, "sequences per attention worker that hold KV pages")
-    max_waiting: int = setting(1024, "requests that may wait; one more is refused with RESOURCE_EXHAUSTED")
+    deterministic: bool = setting(False, "the same bits whatever else is computed beside, in bfloat16 too")
     threads: int = setting(0, "threads of each worker; 0: the cores shared out among the workers of a role")
     placement: str = setting(
         "",
@@ -98,15 +96,16 @@ class Cluster:
         s = self.settings
         config = ModelConfig.from_file(s.model)
         common = {"model": str(Path(s.model).resolve()), "variant": s.variant, "dtype": s.dtype}
+        worker = {**common, "deterministic": s.deterministic}
         workers = []
         sizes = {"page_size": s.page_size, "kv_gib": s.kv_gib, "max_step_tokens": s.max_step_tokens}
         for index in range(s.attention):
-            attention = AttentionWorkerSettings(**common, **sizes, threads=s.threads or _share(s.attention))
+            attention = AttentionWorkerSettings(**worker, **sizes, threads=s.threads or _share(s.attention))
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
             workers.append(RoleProcess("attention", index, "attention_worker", flags, self._say))
         for index, held in enumerate(_held(s, config.num_experts)):
             experts = ExpertWorkerSettings(
-                **common,
+                **worker,
                 experts=",".join(map(str, held)),
                 threads=s.threads or _share(s.experts),
                 max_rows=max(ExpertWorkerSettings.max_rows, s.max_step_tokens * config.experts_per_token),
@@ -119,9 +118,7 @@ class Cluster:
             attention=tuple(self._socket("attention", index) for index in range(s.attention)),
             experts=tuple(self._socket("expert", index) for index in range(s.experts)),
             lanes=s.lanes,
-            max_step_tokens=s.max_step_tokens,
-            max_running=s.max_running,
-            max_waiting=s.max_waiting,
+            **s.limits(),
         )
         server = ServerSettings(listen=f"{s.host}:{s.port}", log_level=s.log_level, **s.security())
         flags = [*to_flags(router), *to_flags(server)]

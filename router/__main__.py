@@ -12,8 +12,12 @@ from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
+from router.discovery import Sources
+from router.fault_metrics import FaultCollector
 from router.loading import build_engine, build_services, load_model
+from router.membership import Membership
 from router.transport.grpc_attention import GrpcAttentionLink
+from router.transport.grpc_expert import GrpcExpertLink
 from router.transport.worker_access import WorkerAccess
 
 DESCRIPTION = """\
@@ -33,18 +37,30 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
     torch.set_num_threads(settings.threads)
     if not settings.attention:
         raise ConfigError("attention is empty: name at least one attention worker")
-    model = load_model(settings)
-    registry = new_registry()
-    access = WorkerAccess(settings)
-    links = [GrpcAttentionLink(address, access=access) for address in settings.attention]
-    engine = build_engine(model, settings, links, RouterMetrics(registry))
+    if not settings.experts:
+        raise ConfigError("experts is empty: name at least one expert worker")
+    model, registry, access = load_model(settings), new_registry(), WorkerAccess(settings)
+    sources = Sources(settings.attention), Sources(settings.experts)
+    attention, experts = [await each.first(settings.join_timeout) for each in sources]
+    engine = build_engine(
+        model,
+        settings,
+        [GrpcAttentionLink(address, access=access) for address in attention],
+        RouterMetrics(registry),
+        [GrpcExpertLink(address, access) for address in experts],
+    )
+    registry.register(FaultCollector(engine))
+    membership = Membership(engine, access, (sources[0], attention), (sources[1], experts))
 
     async def join() -> None:
         await engine.start(lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+        membership.start()
 
     try:
-        await run(server, build_services(model, engine, settings), registry, before_ready=join)
+        services = build_services(model, engine, settings)
+        await run(server, services, registry, before_ready=join, readiness=engine.on_serving)
     finally:
+        membership.stop()
         await engine.close()
 
 

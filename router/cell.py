@@ -43,12 +43,16 @@ MAX_FAULTS = 1
 """Times that a sequence may come out as something that is not finite and be recomputed."""
 
 
+MakeHole = Callable[[int, Legs, float | None], Hole]
+"""(lane, legs, deadline) -> who fills the MoE of a step. deadline: time.monotonic() after which nobody waits for it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CellHooks:
     """What a cell needs of the engine."""
 
-    make_hole: Callable[[int, Legs], Hole]
-    """(lane, legs) -> who fills the MoE of a step."""
+    make_hole: MakeHole
+    """Who fills the MoE of a step."""
     generation_of: Callable[[Sequence], Generation | None]
     """The generation a sequence belongs to; None when the client has gone."""
     step_done: Callable[[AttentionCell, Step, float, Legs], None]
@@ -201,9 +205,8 @@ class AttentionCell(AttentionMember):
         plan = write_plan(step, info.incarnation)
         begin = time.perf_counter()
         try:
-            result = await watch.run(
-                lambda hole: self.link.step(lane, plan, hole, legs), self._hooks.make_hole(lane, legs)
-            )
+            hole = self._hooks.make_hole(lane, legs, self._last_deadline(step))
+            result = await watch.run(lambda hole: self.link.step(lane, plan, hole, legs), hole)
             num_wanted = sum(chunk.wants_token for chunk in step.chunks)
             if len(result.token_ids) != num_wanted:
                 raise InternalError(f"the attention worker drew {len(result.token_ids)} tokens, {num_wanted} were due")
@@ -230,6 +233,13 @@ class AttentionCell(AttentionMember):
                 self._hooks.step_done(self, step, time.perf_counter() - begin, legs)
         self._flights.pop(step, None)
         self._hand_over()
+
+    def _last_deadline(self, step: Step) -> float | None:
+        """When nobody waits for any of the step's sequences any more; None: somebody has no deadline."""
+        generations = (self._hooks.generation_of(chunk.sequence) for chunk in step.chunks)
+        deadlines = [generation.call.deadline for generation in generations if generation is not None]
+        known = [deadline for deadline in deadlines if deadline is not None]
+        return max(known) if known and len(known) == len(deadlines) else None
 
     def _watch(self, step: Step) -> StepWatch:
         def work() -> int:

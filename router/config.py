@@ -5,44 +5,65 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
 from router.admission import AdmissionSettings
 from router.engine import EngineSettings
+from router.experts import ExpertPoolSettings
 from router.step import SchedulerSettings
 from router.transport.worker_access import WorkerAccessSettings
 
+WORKERS = (
+    "{} workers, comma-separated: host:port, unix:/path, dns:///name:port for every address of a name, or file:PATH "
+    "for a file of addresses that is watched"
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class RouterSettings(WorkerAccessSettings):
-    """What the router serves, where its workers are, and its limits."""
+class LimitSettings:
+    """What the router takes on at the same time. Every command that starts a router has these."""
 
-    model: str = setting("", "checkpoint directory: its config, gates and tokenizer are read", metavar="DIR")
-    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
-    dtype: str = setting("bfloat16", "type the workers compute in", choices=("float32", "bfloat16"))
-    model_name: str = setting("", "name the model is served under; empty: the directory's name")
-    attention: tuple[str, ...] = setting([], "addresses of attention workers, comma-separated", metavar="ADDRESSES")
-    experts: tuple[str, ...] = setting([], "addresses of expert workers, comma-separated", metavar="ADDRESSES")
-    placement: str = setting(
-        "",
-        'which workers to use for an expert, in this order: a JSON file {"expert": [worker, ...]}; '
-        "empty: every worker that holds it",
-        metavar="FILE",
-    )
-    refuse_control_symbols: bool = setting(
-        False, "refuse text that spells a control symbol of the vocabulary, unless the request allows it"
-    )
-    threads: int = setting(1, "threads of one operation: gating and combining are small")
-    lanes: int = setting(1, "steps in flight per attention worker")
-    min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")
     max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
     max_running: int = setting(256, "sequences per attention worker that hold KV pages")
     max_waiting: int = setting(1024, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED")
     max_waiting_kv: float = setting(16.0, "prompts that may wait, in multiples of what the KV pages hold")
     max_live_per_caller: int = setting(0, "sequences of one caller, waiting and running; 0: no bound of its own")
     queue_timeout: float = setting(0.0, "seconds a request may wait for its first step; 0: until its deadline")
+    refuse_control_symbols: bool = setting(
+        False, "refuse text that spells a control symbol of the vocabulary, unless the request allows it"
+    )
+
+    def limits(self) -> dict[str, Any]:
+        """These settings, to be passed on to another class that has them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(LimitSettings)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings(WorkerAccessSettings, LimitSettings):
+    """What the router serves, where its workers are, and its limits."""
+
+    model: str = setting("", "checkpoint directory: its config, gates and tokenizer are read", metavar="DIR")
+    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
+    dtype: str = setting("bfloat16", "type the workers compute in", choices=("float32", "bfloat16"))
+    model_name: str = setting("", "name the model is served under; empty: the directory's name")
+    attention: tuple[str, ...] = setting([], WORKERS.format("attention"), metavar="ADDRESSES")
+    experts: tuple[str, ...] = setting([], WORKERS.format("expert"), metavar="ADDRESSES")
+    placement: str = setting(
+        "",
+        'which workers to use for an expert, in this order: a JSON file {"expert": [worker, ...]}; '
+        "empty: every worker that holds it",
+        metavar="FILE",
+    )
+    threads: int = setting(1, "threads of one operation: gating and combining are small")
+    lanes: int = setting(1, "steps in flight per attention worker")
+    min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")
     join_timeout: float = setting(600.0, "seconds that workers have to be reachable at start")
+    replica_wait: float = setting(30.0, "seconds a step without a deadline waits for an expert that nobody holds")
+    hedge_quantile: float = setting(0.0, "ask a second holder when a call takes longer than this quantile; 0: never")
+    max_migrations: int = setting(5, "times a request may lose its attention worker before it ends with UNAVAILABLE")
+    check_interval: float = setting(60.0, "seconds between two checks of all books while idle; 0: never")
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -60,7 +81,17 @@ class RouterSettings(WorkerAccessSettings):
         admission = AdmissionSettings(
             self.max_waiting, self.max_waiting_kv, self.max_live_per_caller, self.queue_timeout
         )
-        return EngineSettings(scheduler, admission, join_timeout=self.join_timeout)
+        return EngineSettings(
+            scheduler,
+            admission,
+            join_timeout=self.join_timeout,
+            max_migrations=self.max_migrations,
+            check_interval=self.check_interval,
+        )
+
+    def pool_settings(self) -> ExpertPoolSettings:
+        """The limits of expert calls."""
+        return ExpertPoolSettings(replica_wait=self.replica_wait, hedge_quantile=self.hedge_quantile)
 
 
 def read_placement(path: str) -> dict[int, list[int]] | None:

@@ -20,19 +20,18 @@ from grokmoe.model_config import ModelConfig
 from grokmoe.telemetry import RouterMetrics
 from router.admission import Admission, AdmissionSettings, CallContext
 from router.attention_member import CellSettings
-from router.cell import AttentionCell, CellHooks
+from router.cell import AttentionCell, CellHooks, MakeHole
 from router.experts import ExpertMember, ExpertPool
 from router.fair_share import FairShare
 from router.fault_counters import FaultCounters
 from router.generation import NOBODY, Generation
 from router.joining import Join, ProgressLine, join_all
-from router.legs import Legs
 from router.moe import RowCounter
 from router.sequence import Request
 from router.sequence import Sequence as Sequence_
 from router.step import SchedulerSettings
 from router.step_report import StepReport
-from router.transport.base import AttentionLink, Hole
+from router.transport.base import AttentionLink
 from router.worker_state import WorkerState
 
 logger = logging.getLogger(__name__)
@@ -71,13 +70,13 @@ class Engine:
         config: ModelConfig,
         dtype: torch.dtype,
         attention_links: Sequence[AttentionLink],
-        make_hole: Callable[[int, Legs], Hole],
+        make_hole: MakeHole,
         pool: ExpertPool | None,
         counter: RowCounter,
         settings: EngineSettings,
         metrics: RouterMetrics,
     ) -> None:
-        """make_hole: (lane, legs) -> who fills the MoE. Lanes of different cells have different numbers.
+        """make_hole: see `MakeHole`. Lanes of different cells have different numbers.
 
         pool: the remote experts to wait for at start; None when they are in this process.
         """
@@ -107,7 +106,7 @@ class Engine:
         index, first_lane = self._num_cells_ever, self._num_cells_ever * self.settings.scheduler.num_lanes
         self._num_cells_ever += 1
         hooks = CellHooks(
-            make_hole=lambda lane, legs: self._make_hole(first_lane + lane, legs),
+            make_hole=lambda lane, legs, deadline: self._make_hole(first_lane + lane, legs, deadline),
             generation_of=lambda sequence: self._generations.get(sequence),
             step_done=lambda *args: self.report.step_done(*args),
             rehome=self._rehome,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from grokmoe.model_config import ModelConfig
 from grokmoe.server import Service
 from grokmoe.telemetry import RouterMetrics
 from grokmoe.tokenizer import Tokenizer
+from router.cell import MakeHole
 from router.config import RouterSettings, read_placement
 from router.control import ControlService
 from router.engine import Engine
@@ -24,8 +25,6 @@ from router.legs import Legs
 from router.moe import Gates, LocalExperts, LocalMoe, RemoteMoe, RowCounter
 from router.service import GenerationService
 from router.transport.base import AttentionLink, ExpertLink, Hole
-from router.transport.grpc_expert import GrpcExpertLink
-from router.transport.worker_access import WorkerAccess
 from router.vllm_engine import vllm_engine_service
 
 
@@ -59,40 +58,30 @@ def build_engine(
     settings: RouterSettings,
     attention_links: Sequence[AttentionLink],
     metrics: RouterMetrics,
-    experts: LocalExperts | Sequence[ExpertLink] | None = None,
+    experts: LocalExperts | Sequence[ExpertLink],
 ) -> Engine:
-    """Puts an engine together.
-
-    experts: a function for experts in this process; otherwise links, or None for gRPC links to the addresses in
-    `settings`.
-    """
+    """Puts an engine together. experts: a function for experts in this process, otherwise links."""
     config, counter = model.config, RowCounter(model.config)
     pool = None
-    make_hole: Callable[[int, Legs], Hole]
+    make_hole: MakeHole
     if callable(experts):
         local = experts
 
-        def make_hole(lane: int, legs: Legs) -> Hole:
+        def make_hole(lane: int, legs: Legs, deadline: float | None) -> Hole:
             return LocalMoe(config, model.gates, local, counter, legs)
 
     else:
-        links = _expert_links(settings) if experts is None else list(experts)
-        if not links:
-            raise ConfigError("experts is empty: name at least one expert worker")
-        pool = ExpertPool(config, model.dtype, links, read_placement(settings.placement))
+        pool = ExpertPool(
+            config, model.dtype, list(experts), read_placement(settings.placement), settings.pool_settings()
+        )
         compute = DeviceThread("router-compute")
         remote = pool
 
-        def make_hole(lane: int, legs: Legs) -> Hole:
-            return RemoteMoe(config, model.gates, remote, counter, compute, lane, legs)
+        def make_hole(lane: int, legs: Legs, deadline: float | None) -> Hole:
+            return RemoteMoe(config, model.gates, remote, counter, compute, lane, legs, deadline)
 
     engine_settings = settings.engine_settings(config.context_length)
     return Engine(config, model.dtype, attention_links, make_hole, pool, counter, engine_settings, metrics)
-
-
-def _expert_links(settings: RouterSettings) -> list[ExpertLink]:
-    access = WorkerAccess(settings)
-    return [GrpcExpertLink(address, access) for address in settings.experts]
 
 
 def build_services(model: RouterModel, engine: Engine, settings: RouterSettings) -> list[Service]:

@@ -39,7 +39,6 @@ from router.transport.grpc_attention import GrpcAttentionLink
 from router.transport.grpc_expert import GrpcExpertLink
 from router.transport.local import LocalAttentionLink
 
-
 _NUMBERS = itertools.count()
 
 

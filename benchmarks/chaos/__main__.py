@@ -8,8 +8,8 @@ Every cluster is real processes: a router, attention workers, and expert workers
 embedded model in float32. Its tokens are computed once with nobody disturbing; afterwards every stream of the load is
 compared with them, token by token. Faults come one at a time, so that a replica exists.
 
-Columns: lost: streams that ended without all their tokens. changed: streams with another token. resumed: streams that
-broke because the router went away, and were taken up again by the client with the tokens it had. longest stall: the
+Columns: lost: streams that ended without all their tokens. changed: streams with another token. A stream that
+breaks because the router went away is taken up again by the SDK (`resume`) and is not lost. longest stall: the
 longest wait between two deltas of one stream, from the fault until half a second after the cluster was whole again.
 first token: the longest wait for a first one, queue and prefill included. in use again: from the end of the fault (the
 process has been started again, goes on, is connected) until the router uses every worker. The row `none` is the same

@@ -49,7 +49,6 @@ class Effect:
     num_requests: int
     num_lost: int
     num_changed: int
-    num_resumed: int
     errors: tuple[str, ...]
 
 
@@ -122,7 +121,8 @@ def effect_of(span: Span, until: float, outcomes: Sequence[Outcome], now: float)
     alive = [outcome for outcome in outcomes if outcome.begin < span.end and (outcome.end or now) > span.begin]
 
     def longest(waits: Iterable[tuple[float, float]]) -> float:
-        touching = (end - begin for begin, end in waits if begin < span.end and end > span.begin)
+        # What the next fault adds to a wait is not this one's doing.
+        touching = (min(end, until) - begin for begin, end in waits if begin < span.end and end > span.begin)
         return max(touching, default=0.0)
 
     def is_here(moment: float | None) -> bool:
@@ -138,7 +138,6 @@ def effect_of(span: Span, until: float, outcomes: Sequence[Outcome], now: float)
         len(alive),
         len(errors),
         sum(is_here(outcome.changed_at) for outcome in outcomes),
-        sum(bool(outcome.num_resumed) for outcome in alive),
         errors,
     )
 

@@ -12,13 +12,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from grokmoe import AsyncClient, FinishReason
-from grokmoe.errors import GrokmoeError, Unavailable
+from grokmoe.errors import GrokmoeError
 
 STREAM_TIMEOUT = 120.0
 """Deadline of one stream, seconds. Who has not all its tokens by then has lost them."""
-
-RESUME_PAUSE = 0.05
-"""Seconds before a stream that broke is taken up again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +25,20 @@ class Job:
     prompt: tuple[int, ...]
     options: dict[str, Any]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens it generates: it ignores the end-of-sequence id."""
-        return int(self.options["max_tokens"])
-
 
 @dataclasses.dataclass
 class Outcome:
     """What became of one stream. Times are monotonic seconds.
 
     arrivals: when each delta came. error: why it ended early; empty: it did not. changed_at: when a token came
-    that is another than in the undisturbed run; None: never. num_resumed: how often the stream broke and was taken
-    up again.
+    that is another than in the undisturbed run; None: never.
     """
 
     begin: float
     arrivals: list[float] = dataclasses.field(default_factory=list)
     end: float | None = None
-    num_tokens: int = 0
     error: str = ""
     changed_at: float | None = None
-    num_resumed: int = 0
 
     def waits(self, now: float) -> list[tuple[float, float]]:
         """(begin, end) of every wait between two deltas; of a live stream also the one that lasts."""
@@ -92,7 +81,7 @@ class Load:
         concurrency: int,
         resume: bool = False,
     ) -> None:
-        """expected: the tokens of each job. resume: take a stream that breaks up again with the tokens it has."""
+        """expected: the tokens of each job. resume: have the SDK take a stream that breaks up again."""
         self._client, self._jobs, self._expected, self._resume = client, jobs, expected, resume
         self._concurrency = concurrency
         self._is_over = False
@@ -146,41 +135,23 @@ class Load:
 
     async def _stream(self, job: Job, expected: tuple[int, ...], outcome: Outcome) -> None:
         tokens: list[int] = []
-        deadline = outcome.begin + STREAM_TIMEOUT
         reason = None
         try:
-            while reason is None:
-                try:
-                    reason = await self._read(job, expected, tokens, deadline - time.monotonic(), outcome)
-                except Unavailable:
-                    if not self._resume or time.monotonic() >= deadline:
-                        raise
-                    if len(tokens) == job.num_tokens:  # only the last word was lost
-                        reason = FinishReason.LENGTH
-                        break
-                    outcome.num_resumed += 1
-                    await asyncio.sleep(RESUME_PAUSE)
+            options = {"timeout": STREAM_TIMEOUT, "resume": self._resume, **job.options}
+            async with self._client.stream(job.prompt, **options) as stream:
+                async for delta in stream:
+                    if delta.token_ids:
+                        outcome.arrivals.append(time.monotonic())
+                        self._arrived.set()
+                    due = expected[len(tokens) : len(tokens) + len(delta.token_ids)]
+                    if delta.token_ids != due and outcome.changed_at is None:
+                        outcome.changed_at = time.monotonic()
+                    tokens += delta.token_ids
+                    reason = delta.finish_reason
             if reason is not FinishReason.LENGTH:
                 outcome.error = f"finished for {reason}"
+            elif len(tokens) != len(expected):
+                outcome.error = f"{len(tokens)} tokens, {len(expected)} were due"
         except GrokmoeError as error:
             outcome.error = f"{type(error).__name__}: {error.message}"
-        outcome.end, outcome.num_tokens = time.monotonic(), len(tokens)
-        if not outcome.error and len(tokens) != len(expected):
-            outcome.error = f"{len(tokens)} tokens, {len(expected)} were due"
-
-    async def _read(
-        self, job: Job, expected: tuple[int, ...], tokens: list[int], timeout: float, outcome: Outcome
-    ) -> FinishReason | None:
-        options = {**job.options, "resumed": tokens} if tokens else job.options
-        reason = None
-        async with self._client.stream(job.prompt, timeout=timeout, **options) as stream:
-            async for delta in stream:
-                if delta.token_ids:
-                    outcome.arrivals.append(time.monotonic())
-                    self._arrived.set()
-                due = expected[len(tokens) : len(tokens) + len(delta.token_ids)]
-                if delta.token_ids != due and outcome.changed_at is None:
-                    outcome.changed_at = time.monotonic()
-                tokens += delta.token_ids
-                reason = delta.finish_reason
-        return reason
+        outcome.end = time.monotonic()

@@ -24,7 +24,6 @@ class Row:
     requests: int
     lost: int
     changed: int
-    resumed: int
     stall_median: float
     stall_max: float
     first_median: float
@@ -52,7 +51,6 @@ def _row(kind: str, target: str, group: Sequence[Effect]) -> Row:
         sum(each.num_requests for each in group),
         sum(each.num_lost for each in group),
         sum(each.num_changed for each in group),
-        sum(each.num_resumed for each in group),
         statistics.median(stalls),
         max(stalls),
         statistics.median(firsts),
@@ -70,7 +68,6 @@ HEADER = (
     "requests",
     "lost",
     "changed",
-    "resumed",
     "longest stall",
     "first token",
     "in use again",
@@ -81,7 +78,7 @@ HEADER = (
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of HEADER."""
     back = _pair(row.back_median, row.back_max) + (f" ({row.not_back} never)" if row.not_back else "")
-    counts = map(str, (row.faults, row.requests, row.lost, row.changed, row.resumed))
+    counts = map(str, (row.faults, row.requests, row.lost, row.changed))
     return (
         row.kind,
         row.target,

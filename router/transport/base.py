@@ -91,7 +91,8 @@ class AttentionLink(Protocol):
         """Runs one step; `hole` fills the MoE of each layer. One step at a time per lane.
 
         Raises Unavailable (StepNotBegun) when the worker is lost, or with SHUTTING_DOWN when it is about to end and has
-        not begun the step; FailedPrecondition when it has another incarnation than the plan, InvalidRequest when it refuses the plan, and whatever `hole` raises. The lane can be used again after each.
+        not begun the step; FailedPrecondition when it has another incarnation than the plan, InvalidRequest when it
+        refuses the plan, and whatever `hole` raises. The lane can be used again after each.
         """
 
     async def close(self) -> None:

@@ -21,6 +21,11 @@ def test_the_longest_wait_that_touches_the_span() -> None:
     assert effect.num_requests == 1
 
 
+def test_what_the_next_fault_adds_to_a_wait_does_not_count() -> None:
+    effect = effect_of(SPAN, 13.0, [Outcome(9.0, [11.9, 20.0], end=21.0)], NOW)
+    assert math.isclose(effect.stall, 1.1)
+
+
 def test_a_stream_that_still_waits_counts_to_now() -> None:
     effect = effect_of(SPAN, math.inf, [Outcome(9.0, [9.5])], NOW)
     assert effect.stall == NOW - 9.5

@@ -35,6 +35,7 @@ def byte_tokenizer() -> Tokenizer:
 
 TOKENIZER = byte_tokenizer()
 
+
 @dataclasses.dataclass
 class Served:
     address: str

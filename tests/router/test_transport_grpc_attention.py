@@ -150,7 +150,8 @@ def test_a_router_whose_pages_went_to_another_keeps_its_requests(tmp_path: Path)
             generation = engine.submit(golden_request("len33", max_tokens=16))
             await until(lambda: generation.sequences[0].num_outputs > 2)
             worker.service._lease._heard -= 1000.0
-            thief = GrpcAttentionLink(worker.address)
+            worker.service._claim("thief")
+            thief = GrpcAttentionLink(worker.address, "thief")
             stolen = await thief.describe()
             await until(lambda: engine.cells[0].state is WorkerState.SUSPECT)
             for _ in range(3):

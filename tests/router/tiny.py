@@ -24,6 +24,7 @@ from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.telemetry import AttentionMetrics, RouterMetrics, new_registry
 from launcher.serve import describe
 from router.admission import AdmissionSettings
+from router.cell import MakeHole
 from router.engine import Engine, EngineSettings
 from router.experts import ExpertPool, ExpertPoolSettings
 from router.generation import Generation
@@ -190,17 +191,17 @@ async def serving(
     """
     links = attention if isinstance(attention, Sequence) else [attention]
     counter, pool = RowCounter(CONFIG), None
-    make_hole: Callable[[int, Legs], Hole]
+    make_hole: MakeHole
     if expert_links is None:
 
-        def make_hole(lane: int, legs: Legs) -> Hole:
+        def make_hole(lane: int, legs: Legs, deadline: float | None) -> Hole:
             return LocalMoe(CONFIG, gates(), experts, counter, legs)
 
     else:
         remote = pool = ExpertPool(CONFIG, DTYPE, expert_links, None, pool_settings)
 
-        def make_hole(lane: int, legs: Legs) -> Hole:
-            return RemoteMoe(CONFIG, gates(), remote, counter, device(), lane, legs)
+        def make_hole(lane: int, legs: Legs, deadline: float | None) -> Hole:
+            return RemoteMoe(CONFIG, gates(), remote, counter, device(), lane, legs, deadline)
 
     settings = EngineSettings(
         SchedulerSettings(context_length=CONFIG.context_length, **{"min_lane_rows": 1, **limits}),
