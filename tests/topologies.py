@@ -58,6 +58,7 @@ class Setup:
     num_experts: int = 2
     num_attention: int = 1
     expert_replicas: int = 1
+    deterministic: bool = False
 
     @property
     def common(self) -> dict[str, str]:
@@ -79,7 +80,12 @@ class Setup:
     def attention(self) -> AttentionWorkerSettings:
         """Settings of an attention worker."""
         return AttentionWorkerSettings(
-            **self.common, page_size=self.page_size, num_pages=self.num_pages, kv_gib=0.001, threads=1
+            **self.common,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            kv_gib=0.001,
+            threads=1,
+            deterministic=self.deterministic,
         )
 
 
@@ -87,7 +93,7 @@ class Setup:
 async def fused(setup: Setup) -> AsyncIterator[Engine]:
     """All roles by function calls."""
     attention = load_attention(setup.attention, AttentionMetrics(new_registry()), DeviceThread())
-    serve = ServeSettings(**setup.common)
+    serve = ServeSettings(**setup.common, deterministic=setup.deterministic)
     experts = load_experts(serve, attention.device, ExpertMetrics(new_registry()))
     link = LocalAttentionLink(attention, describe(attention))
     engine = build_engine(load_model(setup.router), setup.router, [link], RouterMetrics(new_registry()), experts)
@@ -131,7 +137,8 @@ def _expert_service(setup: Setup, held: Sequence[int], device: DeviceThread) -> 
     with Checkpoint.open(setup.model, setup.variant) as checkpoint:
         config = checkpoint.config
         table = parse_experts(",".join(map(str, held)), config.num_experts, config.num_layers)
-        experts = ExpertSet(config, table, getattr(torch, setup.dtype), torch.device("cpu"))
+        dtype = getattr(torch, setup.dtype)
+        experts = ExpertSet(config, table, dtype, torch.device("cpu"), setup.deterministic)
         device.call(expert_weights.load, experts, checkpoint)
     metrics = ExpertMetrics(new_registry())
     return ExpertService(ExpertEngine(experts, metrics, device), metrics, 8192, lambda: True)

@@ -15,21 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_worker.attention import select_attention
-from attention_worker.config import AttentionWorkerSettings
 from attention_worker.kernels.cpu import SHARE, VECTOR, whole_vectors
 from attention_worker.layers import Rope, rms_norm
 from attention_worker.step_batch import StepBatch
-from expert_worker.experts import ExpertSet
 from grokmoe import packed_linear
 from grokmoe.model_config import TINY, Gelu
 from grokmoe.packed_linear import FIXED_ROWS, PackedLinear, can_pack
 from grokmoe.step_plan import SequenceChunk
-from launcher import serve
 from launcher.paths import DEMO_MODEL
 from router import dispatch
 from router.engine import Engine
 from router.gating import gate
-from tests import goldens, topologies
+from tests import goldens
 from tests.topologies import Setup, fused, request, run, split
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -200,20 +197,7 @@ Answer = tuple[list[int], torch.Tensor]
 Topology = Callable[[Setup], contextlib.AbstractAsyncContextManager[Engine]]
 
 
-@dataclasses.dataclass(frozen=True)
-class ExactSetup(Setup):
-    """With the mode on in attention workers; `exact_experts` does the rest."""
-
-    @property
-    def attention(self) -> AttentionWorkerSettings:
-        return dataclasses.replace(super().attention, deterministic=True)
-
-
-@pytest.fixture
-def exact_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every set of experts in this process is a deterministic one."""
-    for module in (serve, topologies):
-        monkeypatch.setattr(module, "ExpertSet", functools.partial(ExpertSet, deterministic=True))
+ExactSetup = functools.partial(Setup, deterministic=True)
 
 
 def prompts() -> list[list[int]]:
@@ -261,7 +245,6 @@ ARRANGEMENTS: dict[str, tuple[Topology, dict[str, int]]] = {
 }
 
 
-@pytest.mark.usefixtures("exact_experts")
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", [goldens.DIRECTORY, DEMO_MODEL], ids=["tiny", "demo"])
@@ -271,7 +254,6 @@ def test_thirty_two_at_once(model: object, dtype: str, arrangement: str) -> None
     check(asyncio.run(answers(topology, setup, together=True)), alone(model, dtype))
 
 
-@pytest.mark.usefixtures("exact_experts")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_token_by_token(dtype: str) -> None:
     setup = ExactSetup(goldens.DIRECTORY, dtype, max_step_tokens=1, page_size=1)
@@ -287,7 +269,6 @@ def test_without_the_mode(dtype: str) -> None:
     check(asyncio.run(answers(fused, setup, together=True)), alone(goldens.DIRECTORY, dtype))
 
 
-@pytest.mark.usefixtures("exact_experts")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recomputed(dtype: str) -> None:
     """Pages for few: sequences take each other's and are computed again, in other chunks than the first time."""
@@ -304,7 +285,6 @@ def test_recomputed(dtype: str) -> None:
     check(found, alone(goldens.DIRECTORY, dtype) * 3)
 
 
-@pytest.mark.usefixtures("exact_experts")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_from_the_prefix_cache(dtype: str) -> None:
     """A prompt whose pages another request has left. Logits of all positions would have it computed again, so the
