@@ -64,6 +64,7 @@ def describe(engine: AttentionEngine) -> AttentionInfo:
         config_hash=engine.config.content_hash,
         incarnation=engine.incarnation,
         dtype=engine.dtype,
+        hidden_size=engine.config.hidden_size,
         layer_begin=0,
         layer_end=engine.config.num_layers,
         num_pages=engine.settings.num_pages,

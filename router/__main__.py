@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,11 @@ example:
 Every flag can be given as an environment variable: --max-running as GROKMOE_MAX_RUNNING."""
 
 
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a log that is full must not keep the service from starting
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 async def serve(settings: RouterSettings, server: ServerSettings) -> None:
     """Loads, connects, serves until a signal comes. Raises StartupError, Unavailable when workers stay away."""
     torch.set_num_threads(settings.threads)
@@ -53,7 +59,7 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
     membership = Membership(engine, access, (sources[0], attention), (sources[1], experts))
 
     async def join() -> None:
-        await engine.start(lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+        await engine.start(_say)
         membership.start()
 
     try:

@@ -207,9 +207,7 @@ class AttentionCell(AttentionMember):
         try:
             hole = self._hooks.make_hole(lane, legs, self._last_deadline(step))
             result = await watch.run(lambda hole: self.link.step(lane, plan, hole, legs), hole)
-            num_wanted = sum(chunk.wants_token for chunk in step.chunks)
-            if len(result.token_ids) != num_wanted:
-                raise InternalError(f"the attention worker drew {len(result.token_ids)} tokens, {num_wanted} were due")
+            self._check_tokens(step, result)
         except StepAbandoned:
             self.counters.abandoned_steps += scheduler.fail(step)
         except ExpertsUnavailable as error:
@@ -233,6 +231,14 @@ class AttentionCell(AttentionMember):
                 self._hooks.step_done(self, step, time.perf_counter() - begin, legs)
         self._flights.pop(step, None)
         self._hand_over()
+
+    def _check_tokens(self, step: Step, result: StepResult) -> None:
+        """Raises Unavailable for a result that no sound worker gives."""
+        num_wanted = sum(chunk.wants_token for chunk in step.chunks)
+        if len(result.token_ids) != num_wanted:
+            raise Unavailable(f"it drew {len(result.token_ids)} tokens, {num_wanted} were due")
+        if max(result.token_ids, default=0) >= self._config.vocab_size:
+            raise Unavailable(f"it drew token {max(result.token_ids)}, which the vocabulary does not have")
 
     def _last_deadline(self, step: Step) -> float | None:
         """When nobody waits for any of the step's sequences any more; None: somebody has no deadline."""

@@ -31,7 +31,7 @@ class StepDeadlineSettings:
     """Of the times seen lately."""
     factor: float = 8.0
     """Times this."""
-    floor: float = 1.0
+    floor: float = 0.4
     """Seconds. A busy machine of few cores pauses a process for some tenths of a second."""
     ceiling: float = 60.0
     """Seconds; also the limit before anything is known."""

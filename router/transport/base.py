@@ -23,6 +23,7 @@ class AttentionInfo:
     config_hash: str
     incarnation: str
     dtype: torch.dtype
+    hidden_size: int
     layer_begin: int
     layer_end: int
     num_pages: int

@@ -10,14 +10,15 @@ import uuid
 from collections.abc import Iterable
 
 from grokmoe import tensors
-from grokmoe.errors import InternalError, Reason, Unavailable
+from grokmoe.errors import Reason, Unavailable
 from grokmoe.plan_codec import plan_to_proto, result_from_proto
 from grokmoe.status import from_failure
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.v1 import attention_pb2
 from router.legs import Legs
 from router.transport.base import AttentionInfo, Hole, StepNotBegun
-from router.transport.grpc_stream import ANY_ROWS, Stream, describe
+from router.transport.grpc_stream import Stream, describe
+from router.transport.step_answers import StepAnswers
 from router.transport.worker_access import PLAIN, WorkerAccess
 
 SERVICE = "grokmoe.v1.Attention"
@@ -43,6 +44,7 @@ class GrpcAttentionLink:
         self._channel = access.open(address)
         self._lanes: dict[int, Stream] = {}
         self._next_step = 0
+        self._info: AttentionInfo | None = None
 
     async def describe(self) -> AttentionInfo:
         """See AttentionLink."""
@@ -52,10 +54,11 @@ class GrpcAttentionLink:
             attention_pb2.AttentionDescribeRequest(router_id=self.router_id),
             attention_pb2.AttentionDescribeResponse,
         )
-        return AttentionInfo(
+        self._info = AttentionInfo(
             config_hash=reply.config_hash,
             incarnation=reply.incarnation,
             dtype=tensors.torch_dtype(reply.dtype),
+            hidden_size=reply.hidden_size,
             layer_begin=reply.layer_begin,
             layer_end=reply.layer_end,
             num_pages=reply.num_pages,
@@ -64,6 +67,7 @@ class GrpcAttentionLink:
             device=reply.device,
             is_draining=reply.draining,
         )
+        return self._info
 
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         """See AttentionLink."""
@@ -80,9 +84,7 @@ class GrpcAttentionLink:
             raise
 
     async def _drive(self, stream: Stream, step_id: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
-        rows: tensors.RowAssembler[attention_pb2.StepResponse] = tensors.RowAssembler(
-            attention_pb2.StepResponse, "step_id", ANY_ROWS
-        )
+        answers = StepAnswers(step_id, plan, self._info)
         begin = time.perf_counter()
         plan_message = tensors.encode(attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan)))
         await _begin(stream, [plan_message])
@@ -91,7 +93,7 @@ class GrpcAttentionLink:
             while message is None:
                 try:
                     async with asyncio.timeout(HOLE_TIMEOUT):
-                        message = rows.add(await stream.read())
+                        message = answers.take(await stream.read())
                 except TimeoutError:
                     raise Unavailable(f"no message from the attention worker for {HOLE_TIMEOUT:g} s") from None
             header, payload = message
@@ -102,8 +104,7 @@ class GrpcAttentionLink:
                 raise from_failure(header.failure)
             if header.HasField("result"):
                 return result_from_proto(header.result, payload)
-            if payload is None:
-                raise InternalError("the attention worker sent neither a MoE input nor a result")
+            assert payload is not None, "checked: a MoE input"
             out_TD = await hole.fill(header.layer, payload)
             begin = time.perf_counter()
             reply = attention_pb2.StepRequest(step_id=step_id, layer=header.layer)

@@ -58,7 +58,7 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
         RouterSettings,
     )
     known = {field.replace("_", "-") for kind in kinds for field in kind.__dataclass_fields__}
-    for program in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py")]:
+    for program in [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tools/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"--([a-z-]+)"', program.read_text()))
     named = set(re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", page.read_text()))
     assert named <= known, named - known

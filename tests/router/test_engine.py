@@ -21,6 +21,7 @@ from router.transport.local import LocalAttentionLink
 from router.worker_state import WorkerState
 from tests import goldens
 from tests.router.tiny import (
+    CONFIG,
     ExpertDouble,
     RestartingAttention,
     attention_link,
@@ -282,10 +283,30 @@ class TestLostAttention:
             good = attention_link()
             link = Miscounting(good._engine, good._info)
             async with serving(link) as engine:
-                with pytest.raises(InternalError, match="0 tokens, 1 were due"):
+                with pytest.raises(Unavailable, match="was lost 6 times"):
                     await tokens_of(engine.submit(golden_request("len1")))
                 link.is_wrong = False
                 await check_all(engine, ["len1"])
+
+        asyncio.run(main())
+
+    def test_a_token_that_the_vocabulary_does_not_have(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.CRITICAL)
+
+        class Inventing(LocalAttentionLink):
+            num_wrong = 0
+
+            async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
+                result = await super().step(lane, plan, hole, legs)
+                self.num_wrong += 1
+                if self.num_wrong > 3:
+                    return result
+                return StepResult((CONFIG.vocab_size,) * len(result.token_ids))
+
+        async def main() -> None:
+            good = attention_link()
+            async with serving(Inventing(good._engine, good._info)) as engine:
+                await check_all(engine, ["len7"])
 
         asyncio.run(main())
 

@@ -150,8 +150,8 @@ class FakeGeneration(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Co
         text = getattr(request, "text", "")
         if text in ERRORS:
             await context.abort_with_status(to_status(ERRORS[text]))
-        if text == "unauthenticated":
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you")
+        if text == "data loss":
+            await context.abort(grpc.StatusCode.DATA_LOSS, "where is it")
 
     async def _run_for_ever(self) -> None:
         self.running.set()

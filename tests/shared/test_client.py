@@ -124,8 +124,8 @@ def test_typed_errors(server: FakeServer, ask: Ask, method: str, name: str) -> N
 
 
 def test_a_code_outside_the_tree(server: FakeServer, ask: Ask) -> None:
-    with pytest.raises(grokmoe.InternalError, match="UNAUTHENTICATED: who are you"):
-        ask(server.address, "generate", "unauthenticated")
+    with pytest.raises(grokmoe.InternalError, match="DATA_LOSS: where is it"):
+        ask(server.address, "generate", "data loss")
 
 
 def test_finish_reasons_of_another_server(server: FakeServer, ask: Ask) -> None:
