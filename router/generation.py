@@ -71,7 +71,7 @@ class Generation:
     def put(self, drawn: Drawn, logprobs: LogprobTable | None = None) -> None:
         """A step has ended for one candidate."""
         now = time.monotonic()
-        delivery = self._deliveries.setdefault(drawn.sequence.index, Delivery(drawn.sequence.index))
+        delivery = self._delivery(drawn.sequence.index)
         if drawn.token_id is not None:
             delivery.token_ids.append(drawn.token_id)
             if self.first_token_at is None:
@@ -84,8 +84,15 @@ class Generation:
 
     def abort(self, sequence: Sequence) -> None:
         """A candidate has been ended from outside; its client gets what there is."""
-        self._end(self._deliveries.setdefault(sequence.index, Delivery(sequence.index)), FinishReason.ABORTED)
+        self._end(self._delivery(sequence.index), FinishReason.ABORTED)
         self._news.set()
+
+    def _delivery(self, index: int) -> Delivery:
+        """What the next `take` gives of a candidate. Made only if it is not there: this runs for every token."""
+        delivery = self._deliveries.get(index)
+        if delivery is None:
+            delivery = self._deliveries[index] = Delivery(index)
+        return delivery
 
     def _end(self, delivery: Delivery, reason: FinishReason) -> None:
         delivery.finish_reason = reason

@@ -39,6 +39,21 @@ def _write_chunk(chunk: Chunk) -> SequenceChunk:
 
 
 def _sampling(sequence: Sequence) -> TokenSampling:
+    """Made once for a sequence whose tokens do not depend on those before: most are so, and this runs per token."""
+    if sequence.fixed_sampling is None:
+        sampling = _make_sampling(sequence)
+        is_fixed = (
+            sampling.penalties is None
+            and sequence.constraint is None
+            and sequence.num_outputs >= sequence.request.min_tokens
+        )
+        if not is_fixed:
+            return sampling
+        sequence.fixed_sampling = sampling
+    return sequence.fixed_sampling
+
+
+def _make_sampling(sequence: Sequence) -> TokenSampling:
     request, how = sequence.request, sequence.request.sampling
     bias = how.logit_bias
     if sequence.num_outputs < request.min_tokens:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from grokmoe.errors import GrokmoeError, InternalError, InvalidRequest, Reason
+from grokmoe.step_plan import TokenSampling
 from router.fair_share import Place
 
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -126,6 +127,7 @@ class Sequence:
         all_ids: prompt and output, growing in place; read it, never change it.
         constraint: what the structured output allows next; None: anything. Its mask is made when a token is taken, so
             that it cannot fail later, in the middle of a step's plan.
+        fixed_sampling: how every further token is drawn, once that is certain (router/plan_writer.py).
         error: why the structured output cannot go on.
         page_ids: pages of positions 0, 1, ..., `page_size` positions each. A tuple, so that a plan can hold it
             without a copy; it is replaced when a page is added.
@@ -147,6 +149,7 @@ class Sequence:
         "constraint",
         "error",
         "finish_reason",
+        "fixed_sampling",
         "in_flight",
         "index",
         "num_admissions",
@@ -177,6 +180,7 @@ class Sequence:
             self.constraint.allowed()
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
+        self.fixed_sampling: TokenSampling | None = None
         self.all_ids: list[int] = list(request.prompt_ids)
         for token_id in request.resumed_ids:
             self._take(token_id)
