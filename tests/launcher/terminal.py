@@ -70,6 +70,17 @@ class Terminal:
             self._seen = found + len(wanted)
             return text.decode()
 
+    def interrupt_until(self, words: str) -> None:
+        """Presses Ctrl-C until these words come. An interrupt that arrives just before the library begins to wait for a
+        key is noticed with the next key only; a person presses it again, too."""
+        wanted, deadline = words.encode(), time.monotonic() + TIMEOUT
+        with self._news:
+            while self._output.find(wanted, self._seen) < 0:
+                assert time.monotonic() < deadline, f"waited for {words!r}"
+                self.press(CTRL_C)
+                self._news.wait_for(lambda: self._output.find(wanted, self._seen) >= 0, 1.0)
+            self._seen = len(self._output)
+
     def wait_ended(self) -> int:
         """The exit code."""
         return self.process.wait(TIMEOUT)

@@ -46,9 +46,8 @@ def test_on_a_terminal(server: FakeServer, tmp_path: Path) -> None:
         terminal.wait_for("> ")
         assert prompts(server) == ["hello", "helloHello\nagain"]
         terminal.press("not sent")
-        terminal.wait_for("not sent")  # only then it waits for keys, and an interrupt wakes it
-        terminal.press(CTRL_C)
-        terminal.wait_for("> ")
+        terminal.wait_for("not sent")
+        terminal.interrupt_until("> ")
         terminal.press(UP + b"\n")  # the last line that was entered
         terminal.wait_for("Hello")
         terminal.wait_for("> ")
