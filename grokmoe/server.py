@@ -109,6 +109,12 @@ def log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level.upper(), format=form, stream=sys.stderr)
 
 
+def say(line: str) -> None:
+    """Tells whoever watches standard error how far the start has come. A disk that is full must not end the start."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 def raw_stream(handler: Callable[..., Awaitable[None]]) -> Any:
     """A bidirectional stream of undecoded messages: the data plane decodes for itself (grokmoe.tensors)."""
     return grpc.stream_stream_rpc_method_handler(handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import torch
 
@@ -18,7 +17,7 @@ from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
 from grokmoe.security import SecuritySettings
-from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, log_to_stderr, run
+from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, log_to_stderr, run, say
 from grokmoe.settings import setting
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, free_port, gateway_process, serve_with
@@ -124,7 +123,7 @@ async def serve(settings: ServeSettings) -> None:
 
     async def join() -> None:
         await engine.start()
-        print(f"serving {model.name} in {settings.dtype}, all roles in this process", file=sys.stderr, flush=True)
+        say(f"serving {model.name} in {settings.dtype}, all roles in this process")
 
     try:
         gateway = None

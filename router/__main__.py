@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ import torch
 
 from grokmoe.errors import ConfigError
 from grokmoe.role import run_role
-from grokmoe.server import ServerSettings, run
+from grokmoe.server import ServerSettings, run, say
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
 from router.discovery import Sources
@@ -31,11 +30,6 @@ example:
   python -m router --model /models/grok-1 --listen 0.0.0.0:7000 \\
       --attention attention-0:7001 --experts expert-0:7002,expert-1:7002
 Every flag can be given as an environment variable: --max-running as GROKMOE_MAX_RUNNING."""
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # a log that is full must not keep the service from starting
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 async def serve(settings: RouterSettings, server: ServerSettings) -> None:
@@ -59,7 +53,7 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
     membership = Membership(engine, access, (sources[0], attention), (sources[1], experts))
 
     async def join() -> None:
-        await engine.start(_say)
+        await engine.start(say)
         membership.start()
 
     try:

@@ -6,6 +6,7 @@ router/worker_state.py.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import dataclasses
 import logging
@@ -41,7 +42,7 @@ class CellSettings:
     probe: ProbeSettings = dataclasses.field(default_factory=ProbeSettings)
 
 
-class AttentionMember:
+class AttentionMember(abc.ABC):
     """A worker's link, its last description and its state.
 
     info: None before it has joined.
@@ -54,7 +55,7 @@ class AttentionMember:
         self.state = WorkerState.JOINING
         self.info: AttentionInfo | None = None
         self._config, self._dtype = config, dtype
-        self._prober = Prober(self.connect, care.probe, self._is_back, self.name, self._is_dead)
+        self._prober = Prober(self.connect, care.probe, lambda: None, self.name, self._is_dead)
         self._heart: asyncio.Task[None] | None = None
         self._num_misses = 0
 
@@ -105,9 +106,6 @@ class AttentionMember:
     def _enter(self, event: WorkerEvent) -> None:
         self.state = after(self.state, event)
 
-    def _is_back(self) -> None:
-        """Told by the prober; `connect` has done everything."""
-
     def _is_dead(self) -> None:
         self._enter(WorkerEvent.AWAY)
 
@@ -140,22 +138,22 @@ class AttentionMember:
             elif found.is_draining:
                 self.drain()
 
+    @abc.abstractmethod
     def _has_other(self) -> bool:
         """Whether another worker is in use."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _adopt(self, info: AttentionInfo) -> None:
         """The worker has described itself and fits."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _doubt(self, info: AttentionInfo, error: GrokmoeError) -> None:
         """It cannot be asked any more. Steps in flight may go well all the same, as while it ends in order."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _lose(self, info: AttentionInfo, error: GrokmoeError, is_hung: bool = False) -> None:
         """The worker that described itself as `info` is gone, or its pages are."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def drain(self) -> None:
         """The worker is to be given no more work."""
-        raise NotImplementedError
