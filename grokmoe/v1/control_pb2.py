@@ -22,33 +22,44 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from grokmoe.v1 import expert_pb2 as grokmoe_dot_v1_dot_expert__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18grokmoe/v1/control.proto\x12\ngrokmoe.v1\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"$\n\rAbortResponse\x12\x13\n\x0b\x61\x62orted_ids\x18\x01 \x03(\t\"\x12\n\x10GetStatusRequest\"\xe9\x01\n\x06Worker\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.grokmoe.v1.WorkerRole\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.grokmoe.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x07 \x03(\r\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nused_pages\x18\t \x01(\r\x12\x14\n\x0c\x63\x61\x63hed_pages\x18\n \x01(\r\"@\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\"?\n\nLegLatency\x12\x0b\n\x03leg\x18\x01 \x01(\t\x12\x15\n\rtotal_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xd4\x01\n\x11GetStatusResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.grokmoe.v1.Worker\x12.\n\tplacement\x18\x02 \x03(\x0b\x32\x1b.grokmoe.v1.ExpertPlacement\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12$\n\x04legs\x18\x07 \x03(\x0b\x32\x16.grokmoe.v1.LegLatency*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02*\xa9\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x15\n\x11WORKER_STATE_DEAD\x10\x05\x32\x91\x01\n\x07\x43ontrol\x12H\n\tGetStatus\x12\x1c.grokmoe.v1.GetStatusRequest\x1a\x1d.grokmoe.v1.GetStatusResponse\x12<\n\x05\x41\x62ort\x12\x18.grokmoe.v1.AbortRequest\x1a\x19.grokmoe.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18grokmoe/v1/control.proto\x12\ngrokmoe.v1\x1a\x17grokmoe/v1/expert.proto\"X\n\x12MoveExpertsRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\"s\n\x13MoveExpertsResponse\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x15\n\rdrain_seconds\x18\x03 \x01(\x01\x12\x19\n\x11placement_version\x18\x04 \x01(\x04\"9\n\x17RebalanceExpertsRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\xba\x01\n\x18RebalanceExpertsResponse\x12%\n\x05moves\x18\x01 \x03(\x0b\x32\x16.grokmoe.v1.ExpertMove\x12\x11\n\timbalance\x18\x02 \x01(\x01\x12\x1a\n\x12\x66orecast_imbalance\x18\x03 \x01(\x01\x12\x14\n\x0cgain_seconds\x18\x04 \x01(\x01\x12\x14\n\x0c\x63ost_seconds\x18\x05 \x01(\x01\x12\x0c\n\x04\x64one\x18\x06 \x01(\x08\x12\x0e\n\x06reason\x18\x07 \x01(\t\"_\n\nExpertMove\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"$\n\rAbortResponse\x12\x13\n\x0b\x61\x62orted_ids\x18\x01 \x03(\t\"\x12\n\x10GetStatusRequest\"\xd3\x02\n\x06Worker\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.grokmoe.v1.WorkerRole\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.grokmoe.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x07 \x03(\r\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nused_pages\x18\t \x01(\r\x12\x14\n\x0c\x63\x61\x63hed_pages\x18\n \x01(\r\x12%\n\x04held\x18\x0b \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12(\n\x07loading\x18\x0c \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x17\n\x0frows_per_second\x18\r \x01(\x01\"@\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\"?\n\nLegLatency\x12\x0b\n\x03leg\x18\x01 \x01(\t\x12\x15\n\rtotal_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xa9\x02\n\x11GetStatusResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.grokmoe.v1.Worker\x12.\n\tplacement\x18\x02 \x03(\x0b\x32\x1b.grokmoe.v1.ExpertPlacement\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12$\n\x04legs\x18\x07 \x03(\x0b\x32\x16.grokmoe.v1.LegLatency\x12\x19\n\x11placement_version\x18\x08 \x01(\x04\x12\x11\n\timbalance\x18\t \x01(\x01\x12%\n\x05moves\x18\n \x03(\x0b\x32\x16.grokmoe.v1.ExpertMove*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02*\xa9\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x15\n\x11WORKER_STATE_DEAD\x10\x05\x32\xc0\x02\n\x07\x43ontrol\x12H\n\tGetStatus\x12\x1c.grokmoe.v1.GetStatusRequest\x1a\x1d.grokmoe.v1.GetStatusResponse\x12<\n\x05\x41\x62ort\x12\x18.grokmoe.v1.AbortRequest\x1a\x19.grokmoe.v1.AbortResponse\x12N\n\x0bMoveExperts\x12\x1e.grokmoe.v1.MoveExpertsRequest\x1a\x1f.grokmoe.v1.MoveExpertsResponse\x12]\n\x10RebalanceExperts\x12#.grokmoe.v1.RebalanceExpertsRequest\x1a$.grokmoe.v1.RebalanceExpertsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'grokmoe.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=717
-  _globals['_WORKERROLE']._serialized_end=809
-  _globals['_WORKERSTATE']._serialized_start=812
-  _globals['_WORKERSTATE']._serialized_end=981
-  _globals['_ABORTREQUEST']._serialized_start=40
-  _globals['_ABORTREQUEST']._serialized_end=75
-  _globals['_ABORTRESPONSE']._serialized_start=77
-  _globals['_ABORTRESPONSE']._serialized_end=113
-  _globals['_GETSTATUSREQUEST']._serialized_start=115
-  _globals['_GETSTATUSREQUEST']._serialized_end=133
-  _globals['_WORKER']._serialized_start=136
-  _globals['_WORKER']._serialized_end=369
-  _globals['_EXPERTPLACEMENT']._serialized_start=371
-  _globals['_EXPERTPLACEMENT']._serialized_end=435
-  _globals['_LEGLATENCY']._serialized_start=437
-  _globals['_LEGLATENCY']._serialized_end=500
-  _globals['_GETSTATUSRESPONSE']._serialized_start=503
-  _globals['_GETSTATUSRESPONSE']._serialized_end=715
-  _globals['_CONTROL']._serialized_start=984
-  _globals['_CONTROL']._serialized_end=1129
+  _globals['_WORKERROLE']._serialized_start=1485
+  _globals['_WORKERROLE']._serialized_end=1577
+  _globals['_WORKERSTATE']._serialized_start=1580
+  _globals['_WORKERSTATE']._serialized_end=1749
+  _globals['_MOVEEXPERTSREQUEST']._serialized_start=65
+  _globals['_MOVEEXPERTSREQUEST']._serialized_end=153
+  _globals['_MOVEEXPERTSRESPONSE']._serialized_start=155
+  _globals['_MOVEEXPERTSRESPONSE']._serialized_end=270
+  _globals['_REBALANCEEXPERTSREQUEST']._serialized_start=272
+  _globals['_REBALANCEEXPERTSREQUEST']._serialized_end=329
+  _globals['_REBALANCEEXPERTSRESPONSE']._serialized_start=332
+  _globals['_REBALANCEEXPERTSRESPONSE']._serialized_end=518
+  _globals['_EXPERTMOVE']._serialized_start=520
+  _globals['_EXPERTMOVE']._serialized_end=615
+  _globals['_ABORTREQUEST']._serialized_start=617
+  _globals['_ABORTREQUEST']._serialized_end=652
+  _globals['_ABORTRESPONSE']._serialized_start=654
+  _globals['_ABORTRESPONSE']._serialized_end=690
+  _globals['_GETSTATUSREQUEST']._serialized_start=692
+  _globals['_GETSTATUSREQUEST']._serialized_end=710
+  _globals['_WORKER']._serialized_start=713
+  _globals['_WORKER']._serialized_end=1052
+  _globals['_EXPERTPLACEMENT']._serialized_start=1054
+  _globals['_EXPERTPLACEMENT']._serialized_end=1118
+  _globals['_LEGLATENCY']._serialized_start=1120
+  _globals['_LEGLATENCY']._serialized_end=1183
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1186
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1483
+  _globals['_CONTROL']._serialized_start=1752
+  _globals['_CONTROL']._serialized_end=2072
 # @@protoc_insertion_point(module_scope)

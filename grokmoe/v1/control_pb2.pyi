@@ -1,3 +1,4 @@
+from grokmoe.v1 import expert_pb2 as _expert_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -31,6 +32,64 @@ WORKER_STATE_SUSPECT: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_DEAD: WorkerState
 
+class MoveExpertsRequest(_message.Message):
+    __slots__ = ("experts", "to")
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    experts: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ExpertRange]
+    to: str
+    def __init__(self, experts: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., to: _Optional[str] = ..., **kwargs) -> None: ...
+
+class MoveExpertsResponse(_message.Message):
+    __slots__ = ("loaded_bytes", "load_seconds", "drain_seconds", "placement_version")
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    loaded_bytes: int
+    load_seconds: float
+    drain_seconds: float
+    placement_version: int
+    def __init__(self, loaded_bytes: _Optional[int] = ..., load_seconds: _Optional[float] = ..., drain_seconds: _Optional[float] = ..., placement_version: _Optional[int] = ...) -> None: ...
+
+class RebalanceExpertsRequest(_message.Message):
+    __slots__ = ("dry_run", "force")
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    force: bool
+    def __init__(self, dry_run: _Optional[bool] = ..., force: _Optional[bool] = ...) -> None: ...
+
+class RebalanceExpertsResponse(_message.Message):
+    __slots__ = ("moves", "imbalance", "forecast_imbalance", "gain_seconds", "cost_seconds", "done", "reason")
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_FIELD_NUMBER: _ClassVar[int]
+    FORECAST_IMBALANCE_FIELD_NUMBER: _ClassVar[int]
+    GAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    moves: _containers.RepeatedCompositeFieldContainer[ExpertMove]
+    imbalance: float
+    forecast_imbalance: float
+    gain_seconds: float
+    cost_seconds: float
+    done: bool
+    reason: str
+    def __init__(self, moves: _Optional[_Iterable[_Union[ExpertMove, _Mapping]]] = ..., imbalance: _Optional[float] = ..., forecast_imbalance: _Optional[float] = ..., gain_seconds: _Optional[float] = ..., cost_seconds: _Optional[float] = ..., done: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ExpertMove(_message.Message):
+    __slots__ = ("experts", "to", "phase")
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    experts: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ExpertRange]
+    to: str
+    phase: str
+    def __init__(self, experts: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., to: _Optional[str] = ..., phase: _Optional[str] = ..., **kwargs) -> None: ...
+
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids",)
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -48,7 +107,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("role", "index", "address", "state", "incarnation", "device", "experts", "num_pages", "used_pages", "cached_pages")
+    __slots__ = ("role", "index", "address", "state", "incarnation", "device", "experts", "num_pages", "used_pages", "cached_pages", "held", "loading", "rows_per_second")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +118,9 @@ class Worker(_message.Message):
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     USED_PAGES_FIELD_NUMBER: _ClassVar[int]
     CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     role: WorkerRole
     index: int
     address: str
@@ -69,7 +131,10 @@ class Worker(_message.Message):
     num_pages: int
     used_pages: int
     cached_pages: int
-    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ...) -> None: ...
+    held: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ExpertRange]
+    loading: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ExpertRange]
+    rows_per_second: float
+    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., held: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., loading: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., rows_per_second: _Optional[float] = ...) -> None: ...
 
 class ExpertPlacement(_message.Message):
     __slots__ = ("expert", "workers", "rows")
@@ -92,7 +157,7 @@ class LegLatency(_message.Message):
     def __init__(self, leg: _Optional[str] = ..., total_seconds: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("workers", "placement", "waiting", "running", "steps", "preemptions", "legs")
+    __slots__ = ("workers", "placement", "waiting", "running", "steps", "preemptions", "legs", "placement_version", "imbalance", "moves")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +165,9 @@ class GetStatusResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     LEGS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     placement: _containers.RepeatedCompositeFieldContainer[ExpertPlacement]
     waiting: int
@@ -107,4 +175,7 @@ class GetStatusResponse(_message.Message):
     steps: int
     preemptions: int
     legs: _containers.RepeatedCompositeFieldContainer[LegLatency]
-    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., placement: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., legs: _Optional[_Iterable[_Union[LegLatency, _Mapping]]] = ...) -> None: ...
+    placement_version: int
+    imbalance: float
+    moves: _containers.RepeatedCompositeFieldContainer[ExpertMove]
+    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., placement: _Optional[_Iterable[_Union[ExpertPlacement, _Mapping]]] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., legs: _Optional[_Iterable[_Union[LegLatency, _Mapping]]] = ..., placement_version: _Optional[int] = ..., imbalance: _Optional[float] = ..., moves: _Optional[_Iterable[_Union[ExpertMove, _Mapping]]] = ...) -> None: ...

@@ -46,6 +46,16 @@ class ControlStub:
                 request_serializer=grokmoe_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=grokmoe_dot_v1_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.MoveExperts = channel.unary_unary(
+                '/grokmoe.v1.Control/MoveExperts',
+                request_serializer=grokmoe_dot_v1_dot_control__pb2.MoveExpertsRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_control__pb2.MoveExpertsResponse.FromString,
+                _registered_method=True)
+        self.RebalanceExperts = channel.unary_unary(
+                '/grokmoe.v1.Control/RebalanceExperts',
+                request_serializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -67,6 +77,21 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MoveExperts(self, request, context):
+        """Puts experts on another worker, or on one more, or takes them off one, while requests run. Returns when it is
+        done; a caller that goes away does not end it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RebalanceExperts(self, request, context):
+        """Makes a better placement from the rows that experts got lately, and the moves that lead to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +104,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=grokmoe_dot_v1_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=grokmoe_dot_v1_dot_control__pb2.AbortResponse.SerializeToString,
+            ),
+            'MoveExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveExperts,
+                    request_deserializer=grokmoe_dot_v1_dot_control__pb2.MoveExpertsRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_control__pb2.MoveExpertsResponse.SerializeToString,
+            ),
+            'RebalanceExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.RebalanceExperts,
+                    request_deserializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +172,60 @@ class Control:
             '/grokmoe.v1.Control/Abort',
             grokmoe_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
             grokmoe_dot_v1_dot_control__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Control/MoveExperts',
+            grokmoe_dot_v1_dot_control__pb2.MoveExpertsRequest.SerializeToString,
+            grokmoe_dot_v1_dot_control__pb2.MoveExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebalanceExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Control/RebalanceExperts',
+            grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsRequest.SerializeToString,
+            grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,23 +26,31 @@ from grokmoe.v1 import failure_pb2 as grokmoe_dot_v1_dot_failure__pb2
 from grokmoe.v1 import tensor_pb2 as grokmoe_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17grokmoe/v1/expert.proto\x12\ngrokmoe.v1\x1a\x18grokmoe/v1/failure.proto\x1a\x17grokmoe/v1/tensor.proto\"\x17\n\x15\x45xpertDescribeRequest\"\xda\x01\n\x16\x45xpertDescribeResponse\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.grokmoe.v1.DataType\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12(\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"E\n\x0b\x45xpertRange\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x13\n\x0blayer_begin\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\"\xa8\x01\n\x0e\x46orwardRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x16\n\x0eremaining_rows\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\"\xc2\x01\n\x0f\x46orwardResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x16\n\x0eremaining_rows\x18\x02 \x01(\r\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.grokmoe.v1.Failure\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x12\n\nbatch_rows\x18\x06 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor2\xa3\x01\n\x06\x45xpert\x12Q\n\x08\x44\x65scribe\x12!.grokmoe.v1.ExpertDescribeRequest\x1a\".grokmoe.v1.ExpertDescribeResponse\x12\x46\n\x07\x46orward\x12\x1a.grokmoe.v1.ForwardRequest\x1a\x1b.grokmoe.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17grokmoe/v1/expert.proto\x12\ngrokmoe.v1\x1a\x18grokmoe/v1/failure.proto\x1a\x17grokmoe/v1/tensor.proto\"R\n\x11\x45xpertLoadRequest\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\"M\n\x12\x45xpertLoadResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x14\n\x0cloaded_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07load_ns\x18\x03 \x01(\x04\"T\n\x13\x45xpertUnloadRequest\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12(\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\"(\n\x14\x45xpertUnloadResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\"\x17\n\x15\x45xpertDescribeRequest\"\xbe\x02\n\x16\x45xpertDescribeResponse\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.grokmoe.v1.DataType\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12(\n\x07\x65xperts\x18\x05 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x10\n\x08revision\x18\t \x01(\x04\x12(\n\x07loading\x18\n \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x14\n\x0c\x65xpert_bytes\x18\x0b \x01(\x04\x12\x10\n\x08\x63\x61pacity\x18\x0c \x01(\r\"E\n\x0b\x45xpertRange\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x13\n\x0blayer_begin\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\"\xa8\x01\n\x0e\x46orwardRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x16\n\x0eremaining_rows\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\"\xd4\x01\n\x0f\x46orwardResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x16\n\x0eremaining_rows\x18\x02 \x01(\r\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.grokmoe.v1.Failure\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x12\n\nbatch_rows\x18\x06 \x01(\r\x12\x10\n\x08revision\x18\x07 \x01(\x04\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor2\xb7\x02\n\x06\x45xpert\x12Q\n\x08\x44\x65scribe\x12!.grokmoe.v1.ExpertDescribeRequest\x1a\".grokmoe.v1.ExpertDescribeResponse\x12\x46\n\x07\x46orward\x12\x1a.grokmoe.v1.ForwardRequest\x1a\x1b.grokmoe.v1.ForwardResponse(\x01\x30\x01\x12\x45\n\x04Load\x12\x1d.grokmoe.v1.ExpertLoadRequest\x1a\x1e.grokmoe.v1.ExpertLoadResponse\x12K\n\x06Unload\x12\x1f.grokmoe.v1.ExpertUnloadRequest\x1a .grokmoe.v1.ExpertUnloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'grokmoe.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXPERTDESCRIBEREQUEST']._serialized_start=90
-  _globals['_EXPERTDESCRIBEREQUEST']._serialized_end=113
-  _globals['_EXPERTDESCRIBERESPONSE']._serialized_start=116
-  _globals['_EXPERTDESCRIBERESPONSE']._serialized_end=334
-  _globals['_EXPERTRANGE']._serialized_start=336
-  _globals['_EXPERTRANGE']._serialized_end=405
-  _globals['_FORWARDREQUEST']._serialized_start=408
-  _globals['_FORWARDREQUEST']._serialized_end=576
-  _globals['_FORWARDRESPONSE']._serialized_start=579
-  _globals['_FORWARDRESPONSE']._serialized_end=773
-  _globals['_EXPERT']._serialized_start=776
-  _globals['_EXPERT']._serialized_end=939
+  _globals['_EXPERTLOADREQUEST']._serialized_start=90
+  _globals['_EXPERTLOADREQUEST']._serialized_end=172
+  _globals['_EXPERTLOADRESPONSE']._serialized_start=174
+  _globals['_EXPERTLOADRESPONSE']._serialized_end=251
+  _globals['_EXPERTUNLOADREQUEST']._serialized_start=253
+  _globals['_EXPERTUNLOADREQUEST']._serialized_end=337
+  _globals['_EXPERTUNLOADRESPONSE']._serialized_start=339
+  _globals['_EXPERTUNLOADRESPONSE']._serialized_end=379
+  _globals['_EXPERTDESCRIBEREQUEST']._serialized_start=381
+  _globals['_EXPERTDESCRIBEREQUEST']._serialized_end=404
+  _globals['_EXPERTDESCRIBERESPONSE']._serialized_start=407
+  _globals['_EXPERTDESCRIBERESPONSE']._serialized_end=725
+  _globals['_EXPERTRANGE']._serialized_start=727
+  _globals['_EXPERTRANGE']._serialized_end=796
+  _globals['_FORWARDREQUEST']._serialized_start=799
+  _globals['_FORWARDREQUEST']._serialized_end=967
+  _globals['_FORWARDRESPONSE']._serialized_start=970
+  _globals['_FORWARDRESPONSE']._serialized_end=1182
+  _globals['_EXPERT']._serialized_start=1185
+  _globals['_EXPERT']._serialized_end=1496
 # @@protoc_insertion_point(module_scope)

@@ -8,12 +8,44 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ExpertLoadRequest(_message.Message):
+    __slots__ = ("config_hash", "experts")
+    CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    config_hash: str
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertRange]
+    def __init__(self, config_hash: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ...) -> None: ...
+
+class ExpertLoadResponse(_message.Message):
+    __slots__ = ("revision", "loaded_bytes", "load_ns")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_NS_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    loaded_bytes: int
+    load_ns: int
+    def __init__(self, revision: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., load_ns: _Optional[int] = ...) -> None: ...
+
+class ExpertUnloadRequest(_message.Message):
+    __slots__ = ("config_hash", "experts")
+    CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    config_hash: str
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertRange]
+    def __init__(self, config_hash: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ...) -> None: ...
+
+class ExpertUnloadResponse(_message.Message):
+    __slots__ = ("revision",)
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    def __init__(self, revision: _Optional[int] = ...) -> None: ...
+
 class ExpertDescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ExpertDescribeResponse(_message.Message):
-    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "experts", "max_rows", "device", "draining")
+    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "experts", "max_rows", "device", "draining", "revision", "loading", "expert_bytes", "capacity")
     CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +54,10 @@ class ExpertDescribeResponse(_message.Message):
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    LOADING_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
     config_hash: str
     incarnation: str
     dtype: _tensor_pb2.DataType
@@ -30,7 +66,11 @@ class ExpertDescribeResponse(_message.Message):
     max_rows: int
     device: str
     draining: bool
-    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., max_rows: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
+    revision: int
+    loading: _containers.RepeatedCompositeFieldContainer[ExpertRange]
+    expert_bytes: int
+    capacity: int
+    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., max_rows: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ..., revision: _Optional[int] = ..., loading: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., expert_bytes: _Optional[int] = ..., capacity: _Optional[int] = ...) -> None: ...
 
 class ExpertRange(_message.Message):
     __slots__ = ("expert", "layer_begin", "layer_end")
@@ -61,13 +101,14 @@ class ForwardRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "payload")
+    __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "revision", "payload")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     remaining_rows: int
@@ -75,5 +116,6 @@ class ForwardResponse(_message.Message):
     queue_ns: int
     compute_ns: int
     batch_rows: int
+    revision: int
     payload: _tensor_pb2.Tensor
-    def __init__(self, request_id: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_rows: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_rows: _Optional[int] = ..., revision: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...

@@ -45,6 +45,16 @@ class ExpertStub:
                 request_serializer=grokmoe_dot_v1_dot_expert__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=grokmoe_dot_v1_dot_expert__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/grokmoe.v1.Expert/Load',
+                request_serializer=grokmoe_dot_v1_dot_expert__pb2.ExpertLoadRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_expert__pb2.ExpertLoadResponse.FromString,
+                _registered_method=True)
+        self.Unload = channel.unary_unary(
+                '/grokmoe.v1.Expert/Unload',
+                request_serializer=grokmoe_dot_v1_dot_expert__pb2.ExpertUnloadRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_expert__pb2.ExpertUnloadResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServicer:
@@ -65,6 +75,22 @@ class ExpertServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Load(self, request, context):
+        """Loads experts from the worker's own checkpoint beside those it holds, while it serves; returns when they can be
+        called. What is held already costs nothing. One at a time; a caller that goes away ends it, and nothing was loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unload(self, request, context):
+        """Gives experts up: they vanish from Describe at once, calls for them are still served for a while, then their
+        memory is freed. What is not held is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +103,16 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=grokmoe_dot_v1_dot_expert__pb2.ForwardRequest.FromString,
                     response_serializer=grokmoe_dot_v1_dot_expert__pb2.ForwardResponse.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=grokmoe_dot_v1_dot_expert__pb2.ExpertLoadRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_expert__pb2.ExpertLoadResponse.SerializeToString,
+            ),
+            'Unload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unload,
+                    request_deserializer=grokmoe_dot_v1_dot_expert__pb2.ExpertUnloadRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_expert__pb2.ExpertUnloadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +170,60 @@ class Expert:
             '/grokmoe.v1.Expert/Forward',
             grokmoe_dot_v1_dot_expert__pb2.ForwardRequest.SerializeToString,
             grokmoe_dot_v1_dot_expert__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Expert/Load',
+            grokmoe_dot_v1_dot_expert__pb2.ExpertLoadRequest.SerializeToString,
+            grokmoe_dot_v1_dot_expert__pb2.ExpertLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Expert/Unload',
+            grokmoe_dot_v1_dot_expert__pb2.ExpertUnloadRequest.SerializeToString,
+            grokmoe_dot_v1_dot_expert__pb2.ExpertUnloadResponse.FromString,
             options,
             channel_credentials,
             insecure,
