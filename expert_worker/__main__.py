@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from expert_worker import weights
+from expert_worker.cells import spec
 from expert_worker.config import ExpertWorkerSettings, parse_experts
 from expert_worker.engine import ExpertEngine
 from expert_worker.experts import ExpertSet
+from expert_worker.loader import ExpertLoader
 from expert_worker.service import ExpertService
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
@@ -20,10 +23,13 @@ from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import ExpertMetrics, new_registry
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = """\
 Serves some or all experts of a Grok-1 model: takes rows sorted by expert, returns one output row for each. It keeps
 nothing between calls, so any number of workers may hold the same experts, and any number of routers may share a
-worker. Calls for one layer that wait at the same time are computed together.
+worker. Calls for one layer that wait at the same time are computed together. Experts can be loaded and given up while
+it serves.
 Prints METRICS <address> and READY <address> on standard output when it can be used; until then the health of
 grokmoe.v1.Expert is NOT_SERVING. SIGTERM ends it after the calls it has begun."""
 
@@ -36,6 +42,8 @@ examples:
     python -m expert_worker --model /models/grok-1 --experts 4-7 --listen 0.0.0.0:7102
   experts 0 to 7 in the first half of the layers, and expert 7 in all of them, on the second GPU:
     python -m expert_worker --model /models/grok-1 --experts 0-7@0-31+7@all --device cuda:1
+  a spare: holds nothing until it is told to (grokmoe.v1.Expert/Load), and two experts of 64 layers at most:
+    python -m expert_worker --model /models/grok-1 --experts none --capacity 128 --listen 0.0.0.0:7103
 
 Every flag can be given as an environment variable: --max-rows as GROKMOE_MAX_ROWS."""
 
@@ -57,18 +65,20 @@ async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoin
     """Wires the parts together, serves, and meanwhile loads: health answers from the start."""
     config = checkpoint.config
     held = parse_experts(worker.experts, config.num_experts, config.num_layers)
-    experts = ExpertSet(config, held, getattr(torch, worker.dtype), _device(worker.device), worker.deterministic)
+    dtype, torch_device = getattr(torch, worker.dtype), _device(worker.device)
+    experts = ExpertSet(config, held, dtype, torch_device, worker.deterministic, worker.capacity)
     registry = new_registry()
     metrics = ExpertMetrics(registry)
     device = DeviceThread("expert-device")
     engine = ExpertEngine(experts, metrics, device, worker.max_batch_rows)
     is_ready, is_stopping = threading.Event(), threading.Event()
-    service = ExpertService(engine, metrics, worker.max_rows, is_ready.is_set)
 
     # Torch keeps a team of threads for every thread that computes. The event loop's only copies memory: without this
     # it would get a team of its own, which would spin on the cores of the device thread's.
     num_threads = worker.threads or torch.get_num_threads()
     torch.set_num_threads(1)
+    loader = ExpertLoader(experts, checkpoint, device, metrics)
+    service = ExpertService(engine, metrics, worker.max_rows, is_ready.is_set, loader)
 
     def load() -> None:
         torch.set_num_threads(num_threads)
@@ -78,12 +88,22 @@ async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoin
     async def before_ready() -> None:
         await device.run(load)
         is_ready.set()
+        logger.info(_held(experts))
 
     try:
         await run(server, [service.as_service()], registry, before_ready)
     finally:
         is_stopping.set()
+        loader.close()
         device.stop()
+
+
+def _held(experts: ExpertSet) -> str:
+    """What a worker that is ready holds, in a line."""
+    held, capacity = experts.holdings.held, experts.holdings.capacity
+    limit = f" of {capacity} it can hold" if capacity else ""
+    size = len(held) * experts.expert_bytes / 2**30
+    return f"holds experts {spec(held)}: {len(held)}{limit}, layer by layer, {size:.2f} GiB"
 
 
 def _device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
 
 ALL = "all"
+NONE = "none"
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
 
@@ -21,8 +22,11 @@ class ExpertWorkerSettings:
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type of weights and rows", choices=("float32", "bfloat16"))
     experts: str = setting(
-        ALL, "experts to hold, EXPERTS[@LAYERS] joined by '+', such as 0-3, 0,5 or 0-3@0-31+4@32-63", metavar="SPEC"
+        ALL,
+        "experts to hold at start, EXPERTS[@LAYERS] joined by '+', such as 0-3, 0,5 or 0-3@0-31+4@32-63; none: a spare",
+        metavar="SPEC",
     )
+    capacity: int = setting(0, "most experts to hold at a time, each layer of one counted; 0: what memory takes")
     device: str = setting("cpu", "where to compute: cpu, cuda or cuda:N")
     threads: int = setting(0, "threads of one operation; 0: torch's choice")
     deterministic: bool = setting(False, "a row's bits never depend on the rows beside it; checked at start")
@@ -30,7 +34,7 @@ class ExpertWorkerSettings:
     max_batch_rows: int = setting(16384, "most rows that joined requests make together")
 
     def __post_init__(self) -> None:
-        for name, least in (("threads", 0), ("max_rows", 1), ("max_batch_rows", 1)):
+        for name, least in (("capacity", 0), ("threads", 0), ("max_rows", 1), ("max_batch_rows", 1)):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
@@ -41,10 +45,12 @@ def parse_experts(spec: str, num_experts: int, num_layers: int) -> dict[int, tup
 
     spec: groups joined by `+`. A group is EXPERTS or EXPERTS@LAYERS, each a comma-separated list of numbers and
     inclusive ranges a-b, or `all`; without LAYERS it means all layers. `0-3@0-31+4,6@32-63` is experts 0 to 3 in
-    layers 0 to 31, and experts 4 and 6 in layers 32 to 63. What several groups name is held once.
+    layers 0 to 31, and experts 4 and 6 in layers 32 to 63. What several groups name is held once. `none` alone is none.
     Raises ConfigError for what is malformed or outside the model.
     """
     held: defaultdict[int, set[int]] = defaultdict(set)
+    if spec.strip() == NONE:
+        return {}
     for group in spec.split("+"):
         experts, at, layers = group.partition("@")
         expert_ids = _parse_list(spec, experts, "expert", num_experts)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from expert_worker.experts import ExpertSet
+from expert_worker.experts import ExpertCall, ExpertSet
 from expert_worker.joining import RowsByExpert, join
+from expert_worker.layers import LayerWeights
 from grokmoe.device_thread import DeviceThread
 from grokmoe.telemetry import ExpertMetrics
 
@@ -33,7 +34,7 @@ class ExpertResult(NamedTuple):
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Call:
-    layer: int
+    weights: LayerWeights
     rows: RowsByExpert
     future: asyncio.Future[ExpertResult]
     received_ns: int
@@ -44,7 +45,9 @@ class ExpertEngine:
 
     There is no waiting window: a call that finds the device idle begins at once, and calls that arrive while it is
     busy are joined when it becomes free. The oldest call is always in the next batch, so none starves.
-    Arguments are taken to be valid (`ExpertSet.check`).
+
+    A call is computed with the weights it was checked against, and only calls with the same are joined: experts may
+    come and go in between.
     """
 
     def __init__(
@@ -68,26 +71,24 @@ class ExpertEngine:
         self._observe(1, RowsByExpert(expert_ids, counts, rows_ND), compute_ns)
         return ExpertResult(out_ND, 0, compute_ns, len(rows_ND))
 
-    def submit(
-        self, layer: int, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor
-    ) -> asyncio.Future[ExpertResult]:
+    def submit(self, call: ExpertCall) -> asyncio.Future[ExpertResult]:
         """Queues one call. The future belongs to the running event loop; cancel it to drop a call not yet begun."""
         future: asyncio.Future[ExpertResult] = asyncio.get_running_loop().create_future()
-        call = _Call(layer, RowsByExpert(expert_ids, counts, rows_ND), future, time.monotonic_ns())
+        waiting = _Call(call.weights, call.rows, future, time.monotonic_ns())
         with self._lock:
-            self._waiting.append(call)
+            self._waiting.append(waiting)
         self._device.post(self._compute_next)
         return future
 
     def _take(self) -> list[_Call]:
-        """Removes the oldest call and those of its layer that fit beside it; drops what was cancelled."""
+        """Removes the oldest call and those of its weights that fit beside it; drops what was cancelled."""
         with self._lock:
             alive = [call for call in self._waiting if not call.future.cancelled()]
             batch, left = alive[:1], deque[_Call]()
             num_rows = len(batch[0].rows.rows_ND) if batch else 0
             for call in alive[1:]:
                 size = len(call.rows.rows_ND)
-                if call.layer == batch[0].layer and num_rows + size <= self._max_batch_rows:
+                if call.weights is batch[0].weights and num_rows + size <= self._max_batch_rows:
                     batch.append(call)
                     num_rows += size
                 else:
@@ -104,7 +105,7 @@ class ExpertEngine:
         try:
             joined = join([call.rows for call in batch])
             rows = joined.rows
-            out_ND = self.experts.forward(batch[0].layer, rows.expert_ids, rows.counts, rows.rows_ND)
+            out_ND = batch[0].weights.forward(rows.expert_ids, rows.counts, rows.rows_ND)
             outs_ND = joined.split(out_ND)
         except BaseException as error:  # whatever it is, somebody waits for it, and the thread must live
             for call in batch:

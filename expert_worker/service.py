@@ -1,61 +1,65 @@
-"""grokmoe.v1.Expert over gRPC: decodes, validates, hands over to the engine, encodes."""
+"""grokmoe.v1.Expert over gRPC: decodes, validates, hands over to engine and loader, encodes."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import grpc
-import torch
-
-from expert_worker.engine import ExpertEngine, ExpertResult
+from expert_worker.cells import Cells, ranges
+from expert_worker.engine import ExpertEngine
+from expert_worker.forward_stream import ForwardStream, draining
+from expert_worker.loader import ExpertLoader
+from expert_worker.range_check import check_ranges
 from grokmoe import tensors
 from grokmoe.access import Scope
-from grokmoe.errors import DeadlineExceeded, InvalidRequest, Reason, Unavailable
+from grokmoe.errors import FailedPrecondition, InvalidRequest, Unavailable
 from grokmoe.server import Service, raw_stream, unary
-from grokmoe.status import to_failure, to_status
+from grokmoe.status import to_status
 from grokmoe.telemetry import ExpertMetrics
 from grokmoe.v1 import expert_pb2
 
-logger = logging.getLogger(__name__)
-
 SERVICE = "grokmoe.v1.Expert"
-
-MAX_IN_FLIGHT = 8
-"""Requests of one stream between their last message and their answer. Beyond it the stream is not read, which makes
-the caller's writes wait: memory per stream is bounded by this many requests of max_rows rows, and their results."""
-
-DRAIN_LINGER = 0.25
-"""Seconds that a stream is read on while the worker drains: what is on its way is refused in-band, which tells the
-caller more than a stream that ends."""
 
 
 class ExpertService:
-    """Describe and Forward. Refuses both with UNAVAILABLE until `is_ready` says so: the weights are being loaded."""
+    """The calls of an expert worker. Refuses them with UNAVAILABLE until `is_ready` says so: the weights are being
+    loaded."""
 
     def __init__(
-        self, engine: ExpertEngine, metrics: ExpertMetrics, max_rows: int, is_ready: Callable[[], bool] = lambda: True
+        self,
+        engine: ExpertEngine,
+        metrics: ExpertMetrics,
+        max_rows: int,
+        is_ready: Callable[[], bool] = lambda: True,
+        loader: ExpertLoader | None = None,
     ) -> None:
+        """loader: None where what is held never changes."""
         self._engine = engine
         self._metrics = metrics
         self._max_rows = max_rows
         self._is_ready = is_ready
+        self._loader = loader
         self._incarnation = uuid.uuid4().hex
-        self._streams: set[_ForwardStream] = set()
+        self._streams: set[ForwardStream] = set()
         self._is_draining = False
 
     def as_service(self) -> Service:
         """What a server registers."""
-        describe = unary(self.Describe, expert_pb2.ExpertDescribeRequest, expert_pb2.ExpertDescribeResponse)
-        handlers = {"Describe": describe, "Forward": raw_stream(self.Forward)}
+        pb = expert_pb2
+        handlers = {
+            "Describe": unary(self.Describe, pb.ExpertDescribeRequest, pb.ExpertDescribeResponse),
+            "Forward": raw_stream(self.Forward),
+            "Load": unary(self.Load, pb.ExpertLoadRequest, pb.ExpertLoadResponse),
+            "Unload": unary(self.Unload, pb.ExpertUnloadRequest, pb.ExpertUnloadResponse),
+        }
         return Service(SERVICE, handlers, drain=self.drain, scope=Scope.CLUSTER)
 
     def drain(self) -> None:
-        """Takes no more work: every stream answers what it has read, refuses what comes, and ends."""
+        """Takes no more work: a load ends; every stream answers what it has read, refuses what comes, and ends."""
         self._is_draining = True
+        if self._loader is not None:
+            self._loader.drain()
         for stream in self._streams:
             stream.drain()
 
@@ -74,24 +78,54 @@ class ExpertService:
             incarnation=self._incarnation,
             dtype=tensors.wire_dtype(experts.dtype),
             hidden_size=experts.config.hidden_size,
-            experts=[
-                expert_pb2.ExpertRange(expert=expert, layer_begin=begin, layer_end=end)
-                for expert, begin, end in experts.ranges()
-            ],
+            experts=_ranges(experts.holdings.held),
             max_rows=self._max_rows,
             device=str(experts.device),
             draining=self._is_draining,
+            revision=experts.holdings.revision,
+            loading=_ranges(experts.holdings.loading),
+            expert_bytes=experts.expert_bytes,
+            capacity=experts.holdings.capacity,
         )
+
+    async def Load(self, request: expert_pb2.ExpertLoadRequest, context: Any) -> expert_pb2.ExpertLoadResponse:
+        """Holds more. Ends when the caller does."""
+        loader, wanted = self._checked(request)
+        loaded = await loader.load(wanted)
+        return expert_pb2.ExpertLoadResponse(
+            revision=loaded.revision, loaded_bytes=loaded.num_bytes, load_ns=loaded.load_ns
+        )
+
+    async def Unload(self, request: expert_pb2.ExpertUnloadRequest, context: Any) -> expert_pb2.ExpertUnloadResponse:
+        """Holds less."""
+        loader, unwanted = self._checked(request)
+        return expert_pb2.ExpertUnloadResponse(revision=loader.unload(unwanted))
+
+    def _checked(
+        self, request: expert_pb2.ExpertLoadRequest | expert_pb2.ExpertUnloadRequest
+    ) -> tuple[ExpertLoader, Cells]:
+        """Who does it, and what a request that can be done is about."""
+        self._check_ready()
+        if self._is_draining:
+            raise draining()
+        config = self._engine.experts.config
+        if request.config_hash != config.content_hash:
+            raise FailedPrecondition("config_hash is of another model, or of another variant of it")
+        asked = [(each.expert, each.layer_begin, each.layer_end) for each in request.experts]
+        cells = check_ranges(asked, config.num_experts, config.num_layers)
+        if self._loader is None:
+            raise FailedPrecondition("what this worker holds cannot be changed")
+        return self._loader, cells
 
     async def Forward(self, requests: Any, context: Any) -> None:
         """Requests in, answers out as they are ready. A request that fails is answered with a Failure; the stream
         ends only with bytes that are no ForwardRequest, because after those nothing on it can be trusted."""
-        stream = _ForwardStream(self._engine, self._metrics, self._max_rows, context)
+        stream = ForwardStream(self._engine, self._metrics, self._max_rows, context)
         self._streams.add(stream)
         try:
             self._check_ready()
             if self._is_draining:
-                raise _draining()
+                raise draining()
             await stream.serve()
         except (InvalidRequest, Unavailable) as error:
             await context.abort_with_status(to_status(error))
@@ -100,162 +134,7 @@ class ExpertService:
             stream.drop()
 
 
-def _draining() -> Unavailable:
-    return Unavailable("the worker is about to end", reason=Reason.SHUTTING_DOWN)
-
-
-class _ForwardStream:
-    """The state of one Forward stream: unfinished requests, and those between reading and answering."""
-
-    def __init__(self, engine: ExpertEngine, metrics: ExpertMetrics, max_rows: int, context: Any) -> None:
-        self._engine = engine
-        self._metrics = metrics
-        self._max_rows = max_rows
-        self._context = context
-        self._rows: tensors.RowAssembler[expert_pb2.ForwardRequest] = tensors.RowAssembler(
-            expert_pb2.ForwardRequest, "request_id", max_rows, engine.experts.config.hidden_size
-        )
-        self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
-        self._writing = asyncio.Lock()
-        self._ids: set[int] = set()
-        self._pending: dict[asyncio.Task[None], asyncio.Future[ExpertResult]] = {}
-        self._reader: asyncio.Task[None] | None = None
-        self._is_idle = False
-        self._is_draining = False
-        self._is_closed = False
-
-    async def serve(self) -> None:
-        """Reads until the caller is done, then answers what is left. Raises InvalidRequest for undecodable bytes."""
-        self._reader = asyncio.create_task(self._read())
-        try:
-            await self._reader
-        except asyncio.CancelledError:
-            if not self._is_closed:
-                raise
-        await asyncio.gather(*self._pending)
-
-    def drain(self) -> None:
-        """Refuses what comes, soon reads no more; `serve` returns when all that was read before is answered."""
-        self._is_draining = True
-        asyncio.get_running_loop().call_later(DRAIN_LINGER, self._close)
-
-    def _close(self) -> None:
-        self._is_closed = True
-        if self._reader is not None and self._is_idle:  # not in the middle of a write, which would stay half done
-            self._reader.cancel()
-
-    def drop(self) -> None:
-        """Cancels what has not been answered."""
-        if self._reader is not None:
-            self._reader.cancel()
-        for task, future in self._pending.items():
-            future.cancel()
-            task.cancel()
-
-    async def _read(self) -> None:
-        while not self._is_closed:
-            self._is_idle = True
-            data = await self._context.read()
-            self._is_idle = False
-            if data is grpc.aio.EOF:  # type: ignore[attr-defined]
-                return
-            try:
-                whole = self._rows.add(bytes(data))
-            except InvalidRequest as error:
-                self._metrics.requests.labels("refused").inc()
-                if self._rows.failed_id is None:
-                    raise
-                await self._fail(self._rows.failed_id, error)
-                continue
-            if whole is None:
-                continue
-            request, rows_ND = whole
-            try:
-                rows_ND = self._checked(request, rows_ND)
-            except InvalidRequest as error:
-                self._metrics.requests.labels("refused").inc()
-                await self._fail(request.request_id, error)
-                continue
-            if self._is_draining:
-                self._metrics.requests.labels("refused").inc()
-                await self._fail(request.request_id, _draining())
-                continue
-            read_at = asyncio.get_running_loop().time()
-            await self._slots.acquire()
-            future = self._engine.submit(request.layer, tuple(request.expert_ids), tuple(request.counts), rows_ND)
-            self._ids.add(request.request_id)
-            if request.timeout_ms:
-                _drop_at(future, read_at + request.timeout_ms / 1000)
-            task = asyncio.create_task(self._answer(request.request_id, future))
-            self._pending[task] = future
-            task.add_done_callback(self._pending.pop)
-
-    def _checked(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor | None) -> torch.Tensor:
-        """The rows, once nothing about the request can fail but the computation."""
-        if request.request_id in self._ids:
-            raise InvalidRequest("request_id", f"is {request.request_id}, which is in flight on this stream")
-        checked_ND = self._engine.experts.check(request.layer, request.expert_ids, request.counts, rows_ND)
-        if len(checked_ND) > self._max_rows:
-            raise InvalidRequest("payload.shape", f"has {len(checked_ND)} rows, limit is {self._max_rows}")
-        return checked_ND
-
-    async def _answer(self, request_id: int, future: asyncio.Future[ExpertResult]) -> None:
-        """Awaits one result and writes it.
-
-        Encoding stays on the event loop: it is one memory copy of at most MAX_CHUNK_BYTES between two writes, done
-        holding the interpreter's lock in any thread. The lock is per message, so that a small answer can slip in
-        between the parts of a large one.
-        """
-        try:
-            try:
-                result = await _result(future)
-            except DeadlineExceeded as error:
-                self._metrics.requests.labels("expired").inc()
-                self._ids.discard(request_id)
-                await self._fail(request_id, error)
-                return
-            except Exception as error:
-                logger.exception("request %d failed", request_id, exc_info=error)
-                self._metrics.requests.labels("failed").inc()
-                self._ids.discard(request_id)
-                await self._fail(request_id, error)
-                return
-            header = expert_pb2.ForwardResponse(
-                request_id=request_id,
-                queue_ns=result.queue_ns,
-                compute_ns=result.compute_ns,
-                batch_rows=result.batch_rows,
-            )
-            messages = tensors.encode_rows(header, result.rows_ND, "request_id")
-            message = next(messages, None)
-            while message is not None:
-                following = next(messages, None)
-                if following is None:  # the caller may use the id again as soon as it has this message
-                    self._ids.discard(request_id)
-                async with self._writing:
-                    await self._context.write(message)
-                message = following
-            self._metrics.requests.labels("ok").inc()
-        except grpc.aio.BaseError as error:
-            logger.debug("request %d: the caller is gone: %s", request_id, error)
-        finally:
-            self._slots.release()
-
-    async def _fail(self, request_id: int, error: Exception) -> None:
-        message = tensors.encode(expert_pb2.ForwardResponse(request_id=request_id, failure=to_failure(error)))
-        async with self._writing:
-            await self._context.write(message)
-
-
-def _drop_at(future: asyncio.Future[ExpertResult], when: float) -> None:
-    """Drops a call that has no answer at `when` (time of the loop): if it waits still, it is never computed."""
-    timer = asyncio.get_running_loop().call_at(when, future.cancel)
-    future.add_done_callback(lambda _: timer.cancel())
-
-
-async def _result(future: asyncio.Future[ExpertResult]) -> ExpertResult:
-    """Raises DeadlineExceeded when the call has been dropped."""
-    await asyncio.wait((future,))
-    if future.cancelled():
-        raise DeadlineExceeded("nobody waits for the answer any more")
-    return future.result()
+def _ranges(cells: Iterable[tuple[int, int]]) -> list[expert_pb2.ExpertRange]:
+    return [
+        expert_pb2.ExpertRange(expert=expert, layer_begin=begin, layer_end=end) for expert, begin, end in ranges(cells)
+    ]

@@ -158,3 +158,21 @@ class ExpertMetrics:
             registry=registry,
         )
         self.queue = Gauge("grokmoe_expert_worker_queue", "Calls that wait for the device.", registry=registry)
+        self.held = Gauge(
+            "grokmoe_expert_worker_held",
+            "Experts, layer by layer, by state: held, loading, or lingering after they were given up.",
+            ("state",),
+            registry=registry,
+        )
+        self.loads = Counter(
+            "grokmoe_expert_worker_loads_total",
+            "Loads while serving, by outcome: ok, cancelled, no_room or failed.",
+            ("outcome",),
+            registry=registry,
+        )
+        self.load_time = Histogram(
+            "grokmoe_expert_worker_load_seconds",
+            "One load while serving, from its turn until its experts can be called.",
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+            registry=registry,
+        )

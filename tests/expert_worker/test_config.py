@@ -17,6 +17,7 @@ from grokmoe.errors import ConfigError
         ("2", {0: (2,), 1: (2,), 2: (2,)}),
         ("0, 2-3", {0: (0, 2, 3), 1: (0, 2, 3), 2: (0, 2, 3)}),
         ("1@2", {2: (1,)}),
+        (" none ", {}),
         ("all@0,2", {0: (0, 1, 2, 3), 2: (0, 1, 2, 3)}),
         ("0-1@0-1+1-2@1+3@all", {0: (0, 1, 3), 1: (0, 1, 2, 3), 2: (3,)}),
     ],
@@ -29,7 +30,7 @@ def test_parse_experts(spec: str, held: dict[int, tuple[int, ...]]) -> None:
 @pytest.mark.parametrize(
     ("spec", "word"),
     [("4", "experts 0 to 3"), ("0@3", "layers 0 to 2"), ("2-1", "empty"), ("", "no expert"), ("0@", "no layer")]
-    + [(text, "no expert") for text in ("x", "-1", "0-", "0,,1", "0+", "1.5", "0-1-2", "٣")],
+    + [(text, "no expert") for text in ("x", "none+1", "none@0", "-1", "0-", "0,,1", "0+", "1.5", "0-1-2", "٣")],
 )
 def test_parse_experts_refuses(spec: str, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
@@ -50,7 +51,7 @@ def test_parse_experts_never_fails_otherwise(spec: str) -> None:
         assert set(experts) <= set(range(4))
 
 
-@pytest.mark.parametrize("field", ["threads", "max_rows", "max_batch_rows"])
+@pytest.mark.parametrize("field", ["capacity", "threads", "max_rows", "max_batch_rows"])
 def test_settings_refuse_what_cannot_be(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         ExpertWorkerSettings(**{field: -1})

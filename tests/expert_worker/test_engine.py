@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from expert_worker.engine import ExpertEngine
+from expert_worker.engine import ExpertEngine, ExpertResult
 from expert_worker.experts import ExpertSet
 from expert_worker.joining import RowsByExpert, join
 from grokmoe.device_thread import DeviceThread
@@ -28,6 +28,12 @@ class World:
     experts: ExpertSet
     device: DeviceThread
     registry: CollectorRegistry
+
+    def submit(
+        self, layer: int, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor
+    ) -> asyncio.Future[ExpertResult]:
+        """A call as the service makes it."""
+        return self.engine.submit(self.experts.check(layer, expert_ids, counts, rows_ND))
 
     def sample(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"grokmoe_expert_worker_{name}", labels) or 0.0
@@ -59,7 +65,7 @@ def world(experts: ExpertSet) -> Iterator[World]:
 def test_one_call(world: World) -> None:
     async def scenario() -> None:
         rows_ND = draw(5)
-        result = await world.engine.submit(0, (1, 4), (2, 3), rows_ND)
+        result = await world.submit(0, (1, 4), (2, 3), rows_ND)
         assert torch.equal(result.rows_ND, world.experts.forward(0, [1, 4], [2, 3], rows_ND))
         assert result.batch_rows == 5
         assert result.compute_ns > 0
@@ -84,7 +90,7 @@ def test_waiting_calls_of_a_layer_become_one(world: World) -> None:
     async def scenario() -> None:
         rows = [draw(sum(counts), seed=seed) for seed, (_, _, counts) in enumerate(calls)]
         with world.busy_device():
-            futures = [world.engine.submit(*call, rows_ND) for call, rows_ND in zip(calls, rows, strict=True)]
+            futures = [world.submit(*call, rows_ND) for call, rows_ND in zip(calls, rows, strict=True)]
             assert world.sample("queue") == 5
         results = await asyncio.gather(*futures)
         for call, rows_ND, result in zip(calls, rows, results, strict=True):
@@ -98,11 +104,33 @@ def test_waiting_calls_of_a_layer_become_one(world: World) -> None:
     asyncio.run(scenario())
 
 
+def test_calls_of_other_weights_are_not_joined(world: World) -> None:
+    """Experts came and went in between: each call is computed with what it was checked against."""
+
+    async def scenario() -> None:
+        before = world.experts.layers[0]
+        rows_ND = draw(3)
+        expected_ND = world.experts.forward(0, (1,), (3,), rows_ND)
+        try:
+            with world.busy_device():
+                futures = [world.submit(0, (1,), (3,), rows_ND), world.submit(0, (1,), (3,), rows_ND)]
+                world.experts.replace(0, before.resized((1, 2)))
+                futures += [world.submit(0, (1,), (3,), rows_ND)]
+                world.experts.replace(0, before.resized(()))
+            results = await asyncio.gather(*futures)
+        finally:
+            world.experts.replace(0, before)
+        assert [result.batch_rows for result in results] == [6, 6, 3]
+        assert all(torch.equal(result.rows_ND, expected_ND) for result in results)
+
+    asyncio.run(scenario())
+
+
 def test_the_oldest_goes_first_and_a_batch_is_bounded(world: World) -> None:
     async def scenario() -> None:
         done: list[int] = []
         with world.busy_device():
-            futures = [world.engine.submit(0, (0,), (size,), draw(size)) for size in (60, 50, 40, 150)]
+            futures = [world.submit(0, (0,), (size,), draw(size)) for size in (60, 50, 40, 150)]
             for number, future in enumerate(futures):
                 future.add_done_callback(lambda _, number=number: done.append(number))
         results = await asyncio.gather(*futures)
@@ -115,7 +143,7 @@ def test_the_oldest_goes_first_and_a_batch_is_bounded(world: World) -> None:
 def test_no_rows_in_any_call(world: World) -> None:
     async def scenario() -> None:
         with world.busy_device():
-            futures = [world.engine.submit(0, (2,), (0,), draw(0)) for _ in range(2)]
+            futures = [world.submit(0, (2,), (0,), draw(0)) for _ in range(2)]
         for result in await asyncio.gather(*futures):
             assert result.rows_ND.shape == draw(0).shape
 
@@ -128,13 +156,13 @@ def test_an_error_reaches_all_callers_and_the_engine_lives_on(world: World, monk
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(world.experts, "forward", explode, raising=False)
+            patch.setattr(world.experts.layers[0], "forward", explode)
             with world.busy_device():
-                futures = [world.engine.submit(0, (0,), (1,), draw(1)) for _ in range(2)]
+                futures = [world.submit(0, (0,), (1,), draw(1)) for _ in range(2)]
             for future in futures:
                 with pytest.raises(RuntimeError, match="out of memory"):
                     await future
-        assert len((await world.engine.submit(0, (0,), (1,), draw(1))).rows_ND) == 1
+        assert len((await world.submit(0, (0,), (1,), draw(1))).rows_ND) == 1
 
     asyncio.run(scenario())
 
@@ -142,12 +170,12 @@ def test_an_error_reaches_all_callers_and_the_engine_lives_on(world: World, monk
 def test_a_cancelled_call_is_not_computed(world: World) -> None:
     async def scenario() -> None:
         with world.busy_device():
-            first, second = (world.engine.submit(0, (0,), (count,), draw(count)) for count in (3, 4))
+            first, second = (world.submit(0, (0,), (count,), draw(count)) for count in (3, 4))
             first.cancel()
         assert (await second).batch_rows == 4
         with world.busy_device():
-            world.engine.submit(0, (0,), (1,), draw(1)).cancel()
-        assert (await world.engine.submit(1, (0,), (2,), draw(2))).batch_rows == 2
+            world.submit(0, (0,), (1,), draw(1)).cancel()
+        assert (await world.submit(1, (0,), (2,), draw(2))).batch_rows == 2
         await until(lambda: world.sample("batch_calls_sum") == 2)
 
     asyncio.run(scenario())
@@ -158,10 +186,10 @@ def test_a_loop_that_ended_harms_nobody(world: World) -> None:
     world.device.post(release.wait)
 
     async def leave() -> None:
-        world.engine.submit(0, (0,), (1,), draw(1))
+        world.submit(0, (0,), (1,), draw(1))
 
     async def stay() -> None:
-        future = world.engine.submit(0, (0,), (2,), draw(2))
+        future = world.submit(0, (0,), (2,), draw(2))
         release.set()
         assert len((await future).rows_ND) == 2
 

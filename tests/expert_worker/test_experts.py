@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expert_worker import weights
-from expert_worker.experts import ExpertSet, StackedLayer
+from expert_worker.experts import ExpertSet
 from expert_worker.kernels import cpu, reference
+from expert_worker.layers import StackedLayer
 from grokmoe import packed_linear
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.errors import Cancelled, InvalidRequest
@@ -125,14 +126,14 @@ def test_ranges_join_layers(directory: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stacked_weights_give_the_same(directory: Path, dtype: torch.dtype) -> None:
     """The layout for other devices than the CPU, here with the twin as its kernel."""
-    stacked = StackedLayer(TINY, 2, dtype, CPU, reference.expert_mlp)
+    stacked = StackedLayer(TINY, dtype, CPU, reference.expert_mlp, (3, 6))
     with Checkpoint.open(directory) as checkpoint:
-        for index, expert in enumerate((3, 6)):
+        for expert in (3, 6):
             for linear in weights.tensor_names.EXPERT_LINEARS:
                 name = weights.tensor_names.expert(0, expert, linear)
-                stacked.put(index, linear, checkpoint.read(name, dtype))
+                stacked.put(expert, linear, checkpoint.read(name, dtype))
     rows_ND = draw(7, dtype=dtype)
-    assert torch.equal(stacked.forward(rows_ND, [2, 5]), twin(directory, 0, [3, 6], [2, 5], rows_ND))
+    assert torch.equal(stacked.forward([3, 6], [2, 5], rows_ND), twin(directory, 0, [3, 6], [2, 5], rows_ND))
 
 
 def test_loading_reads_its_slice_only(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +149,26 @@ def test_loading_reads_its_slice_only(directory: Path, monkeypatch: pytest.Monke
     assert sorted(read) == [
         f"model.layers.1.moe_block.experts.2.{name}.weight" for name in ("linear", "linear_1", "linear_v")
     ]
+
+
+def test_loading_reads_in_slices(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a size that does not divide the rows."""
+    sizes: list[int] = []
+    original = Checkpoint.read
+
+    def record(self: Checkpoint, *args: object) -> torch.Tensor:
+        sliced = original(self, *args)  # type: ignore[arg-type]
+        sizes.append(sliced.numel() * sliced.itemsize)
+        return sliced
+
+    expected = load(directory)
+    monkeypatch.setattr(weights, "SLICE_BYTES", 7 * TINY.hidden_size * 4)
+    monkeypatch.setattr(Checkpoint, "read", record)
+    sliced = load(directory)
+    assert max(sizes) == weights.SLICE_BYTES
+    rows_ND = draw(16)
+    for layer in HELD:
+        assert torch.equal(*(each.forward(layer, range(8), [2] * 8, rows_ND) for each in (expected, sliced)))
 
 
 def test_loading_can_be_stopped(directory: Path) -> None:
@@ -166,10 +187,11 @@ ROWS = draw(3)
     ("field", "layer", "ids", "counts", "rows"),
     [
         ("layer", 2, [0], [3], ROWS),
-        ("expert_ids", 0, [4], [3], ROWS),
+        ("layer", -1, [0], [3], ROWS),
+        ("expert_ids", 0, [8], [3], ROWS),
         ("expert_ids", 0, [0, 0], [1, 2], ROWS),
         ("expert_ids", 0, [1, 0], [1, 2], ROWS),
-        ("expert_ids", 0, [0, 1, 2, 3, 0], [3, 0, 0, 0, 0], ROWS),
+        ("expert_ids", 0, [0, 1, 2, 3, 4, 5, 6, 7, 0], [3, 0, 0, 0, 0, 0, 0, 0, 0], ROWS),
         ("counts", 0, [0, 1], [3], ROWS),
         ("counts", 0, [0], [3, 0], ROWS),
         ("counts", 0, [0, 1], [1, 1], ROWS),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,9 +19,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from grokmoe import tensors
 from grokmoe.channel import open_channel
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.model_config import TINY
 from grokmoe.settings import child_environment
 from grokmoe.v1 import expert_pb2, tensor_pb2
-from tests.expert_worker.small_model import assert_near, draw, twin, write
+from tests.expert_worker.small_model import assert_near, draw, twin, until, write
 
 pytestmark = pytest.mark.cluster
 
@@ -90,6 +94,56 @@ def test_serve_and_stop(directory: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_spare_that_is_loaded_and_unloaded(tmp_path: Path) -> None:
+    """It says that it holds nothing; memory comes with experts and goes with them."""
+    config = dataclasses.replace(
+        TINY,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_heads=8,
+        head_dim=64,
+        num_experts=4,
+        attention_logit_scale=0.125,
+    )
+    directory = write(tmp_path / "model", config, torch.bfloat16)
+    size = config.num_experts * config.num_layers * 3 * 512 * 2048 * 2
+
+    async def scenario() -> None:
+        flags = ("--model", str(directory), "--experts", "none", "--capacity", "8", "--threads", "1")
+        async with worker(*flags) as (process, said), open_channel(said["READY"]) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            status = await health.Check(health_pb2.HealthCheckRequest(service=NAME), timeout=5)
+            assert status.status == health_pb2.HealthCheckResponse.SERVING
+
+            def resident() -> int:
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+            def call(method: str) -> Any:
+                ranges = [expert_pb2.ExpertRange(expert=expert, layer_end=2) for expert in range(4)]
+                request = getattr(expert_pb2, f"Expert{method}Request")(config_hash=content_hash, experts=ranges)
+                reply = getattr(expert_pb2, f"Expert{method}Response")
+                stub: Any = channel.unary_unary(f"/{NAME}/{method}", response_deserializer=reply.FromString)
+                return stub(request.SerializeToString(), timeout=30)
+
+            empty = resident()
+            loaded = await call("Load")
+            assert (loaded.loaded_bytes, loaded.revision) == (size, 2)
+            full = resident()
+            assert full - empty > 0.8 * size
+            assert (await call("Unload")).revision == 3
+            await until(lambda: full - resident() > 0.8 * size, timeout=30)
+
+            process.send_signal(signal.SIGTERM)
+            _, told = await process.communicate()
+            assert b"holds experts none: 0 of 8 it can hold" in told
+            assert process.returncode == 0
+
+    with Checkpoint.open(directory) as checkpoint:
+        content_hash = checkpoint.config.content_hash
+    asyncio.run(scenario())
+
+
 SLOW_LOADING = """
 import sys, time
 from expert_worker import weights, __main__
@@ -150,8 +204,9 @@ def test_ends_with_its_parent(directory: Path) -> None:
     [
         (["--model", "{none}"], ["config.json", "no such file"]),
         (["--model", "{model}", "--experts", "8"], ["experts 0 to 7"]),
+        (["--model", "{model}", "--experts", "0-2", "--capacity", "5"], ["names 6", "capacity is 5"]),
     ],
-    ids=["no model", "no such expert"],
+    ids=["no model", "no such expert", "no room"],
 )
 def test_what_cannot_start_says_why(directory: Path, tmp_path: Path, flags: list[str], words: list[str]) -> None:
     flags = [flag.format(model=directory, none=tmp_path) for flag in flags]

@@ -1,0 +1,150 @@
+"""The experts of one layer in the layout of their kernel. The one place that chooses a kernel by device.
+
+Shapes: N rows, E experts of the layer held here, D hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Self
+
+import torch
+
+from expert_worker.kernels import cpu, reference
+from grokmoe.model_config import Gelu, ModelConfig
+from grokmoe.packed_linear import PackedLinear
+from grokmoe.tensor_names import ExpertLinear
+
+
+class LayerWeights(abc.ABC):
+    """Some experts of one layer, and rows through them.
+
+    Nobody changes one that others can see: experts come and go with another one (`resized`). So whoever has one in
+    hand computes with what it found there, whatever is loaded or given up meanwhile.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, expert_ids: Sequence[int] = ()) -> None:
+        self.dtype, self.device = dtype, device
+        self.expert_ids = tuple(expert_ids)
+        self._index = {expert: index for index, expert in enumerate(self.expert_ids)}
+
+    def holds(self, expert: int) -> bool:
+        """Whether it has the expert."""
+        return expert in self._index
+
+    @abc.abstractmethod
+    def resized(self, expert_ids: Sequence[int]) -> Self:
+        """These experts, ascending: with the weights they have here; the others are to be put before they are called.
+
+        Raises what torch raises when there is no memory.
+        """
+
+    @abc.abstractmethod
+    def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
+        """Takes one matrix of an expert, [out, in] as in the checkpoint, in the layer's type. Keeps no reference."""
+
+    @abc.abstractmethod
+    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+        """See `reference.expert_mlp`."""
+
+    @torch.inference_mode()
+    def forward(self, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor) -> torch.Tensor:
+        """Rows through their experts' MLPs.
+
+        expert_ids: strictly ascending. counts: rows of each; rows_ND is sorted in that order.
+        Returns: out_ND, new, on the rows' device.
+        """
+        counts_E = [0] * len(self.expert_ids)
+        for expert, count in zip(expert_ids, counts, strict=True):
+            counts_E[self._index[expert]] = count
+        return self._compute(rows_ND.to(self.device), counts_E).to(rows_ND.device)
+
+
+class PackedLayer(LayerWeights):
+    """For a CPU: every matrix in oneDNN's own layout."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        gelu: Gelu,
+        deterministic: bool = False,
+        experts: Mapping[int, cpu.PackedExpert] = MappingProxyType({}),
+    ) -> None:
+        """deterministic: see PackedLinear. experts: by number, ascending."""
+        super().__init__(dtype, torch.device("cpu"), tuple(experts))
+        self._gelu, self._deterministic = gelu, deterministic
+        self._experts_E = list(experts.values())
+
+    def resized(self, expert_ids: Sequence[int]) -> PackedLayer:
+        """See LayerWeights. Experts that stay are shared."""
+        experts = {
+            expert: self._experts_E[self._index[expert]] if self.holds(expert) else cpu.PackedExpert()
+            for expert in expert_ids
+        }
+        return PackedLayer(self.dtype, self._gelu, self._deterministic, experts)
+
+    def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
+        """See LayerWeights."""
+        part = {"linear": "gate", "linear_v": "up", "linear_1": "down"}[linear]
+        setattr(self._experts_E[self._index[expert]], part, PackedLinear(weight, self._deterministic))
+
+    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+        return cpu.expert_mlp(rows_ND, counts_E, self._experts_E, self._gelu)
+
+
+StackedKernel = Callable[[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor, Gelu], torch.Tensor]
+
+
+class StackedLayer(LayerWeights):
+    """For a kernel that takes all experts of the layer as one tensor per matrix."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, kernel: StackedKernel,
+        expert_ids: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(dtype, device, expert_ids)
+        self._config, self._kernel = config, kernel
+        E, D, F = len(self.expert_ids), config.hidden_size, config.intermediate_size
+        self._stacks: dict[ExpertLinear, torch.Tensor] = {
+            "linear": torch.empty(E, F, D, dtype=dtype, device=device),
+            "linear_v": torch.empty(E, F, D, dtype=dtype, device=device),
+            "linear_1": torch.empty(E, D, F, dtype=dtype, device=device),
+        }
+
+    def resized(self, expert_ids: Sequence[int]) -> StackedLayer:
+        """See LayerWeights. Experts that stay are copied, so for a moment both stacks are there."""
+        other = StackedLayer(self._config, self.dtype, self.device, self._kernel, expert_ids)
+        for expert in filter(self.holds, expert_ids):
+            for linear, stack in self._stacks.items():
+                other.put(expert, linear, stack[self._index[expert]])
+        return other
+
+    def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
+        """See LayerWeights."""
+        self._stacks[linear][self._index[expert]].copy_(weight)
+
+    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+        gate_EFD, up_EFD, down_EDF = self._stacks.values()
+        return self._kernel(rows_ND, counts_E, gate_EFD, up_EFD, down_EDF, self._config.gelu)
+
+
+def new_layer(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+) -> LayerWeights:
+    """A layer without experts on its device, with the kernel that suits.
+
+    deterministic: a row's bits must not depend on the rows beside it. The plain kernel does not promise that.
+    """
+    if device.type == "cpu":
+        return PackedLayer(dtype, config.gelu, deterministic)
+    if device.type == "cuda":
+        from expert_worker.kernels import grouped_gemm  # Triton is not installed where it is not used
+
+        kernel = grouped_gemm.expert_mlp
+        if deterministic:
+            kernel = functools.partial(kernel, fixed_tiles=True)
+        return StackedLayer(config, dtype, device, kernel)
+    return StackedLayer(config, dtype, device, reference.expert_mlp)
