@@ -25,10 +25,14 @@ from attention_worker.weights import AttentionWeights
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import InvalidRequest
 from grokmoe.model_config import ModelConfig
-from grokmoe.step_plan import StepPlan, StepResult
+from grokmoe.step_plan import SequenceChunk, StepPlan, StepResult, TokenSampling
 from grokmoe.telemetry import AttentionMetrics
 
 logger = logging.getLogger(__name__)
+
+
+WARM_TOKENS = (1, 2, 4, 8, 32)
+"""Lengths of the steps that warm up: rows computed apart, and a chunk that is long enough for matrix products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,27 @@ class AttentionEngine:
         self._check = PlanCheck(
             config, new_incarnation(), settings.num_pages, settings.page_size, settings.max_step_tokens
         )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Computes steps that nobody asked for, before the first one that somebody does: loops are compiled or found in
+        their cache, and libraries build what they build once. Leaves its traces in pages that nobody has."""
+        page_size = self.settings.page_size
+        for num_tokens in WARM_TOKENS:
+            num_tokens = min(num_tokens, self.settings.max_step_tokens, self.settings.num_pages * page_size)
+            pages = tuple(range(-(-num_tokens // page_size)))
+            self._warm_up_with((SequenceChunk((0,) * num_tokens, 0, pages, TokenSampling()),))
+
+    def _warm_up_with(self, chunks: tuple[SequenceChunk, ...]) -> None:
+        rows = LogitRows.of(chunks)
+        forward = self._model.forward(StepBatch.build(chunks, self.settings.page_size), torch.tensor(rows.step_rows_R))
+        x_TD = next(forward)
+        try:
+            while True:
+                x_TD = forward.send(x_TD)
+        except StopIteration as end:
+            faulty_chunks(chunks, rows, x_TD, end.value)
+            step_result(chunks, rows, end.value)
 
     @property
     def incarnation(self) -> str:

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 import torch
 
 from attention_worker.logit_rows import LogitRows
+from attention_worker.row_passes import row_sums
 from grokmoe.step_plan import SequenceChunk
 
 
 def faulty_rows(x_RV: torch.Tensor) -> list[int]:
     """Rows that hold something that is not finite."""
-    sums_R = x_RV.sum(-1, dtype=torch.float32)
+    sums_R = row_sums(x_RV)
     if sums_R.sum().isfinite():
         return []
     return [int(row) for row in (~sums_R.isfinite()).nonzero()[:, 0]]

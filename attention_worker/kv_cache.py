@@ -1,6 +1,6 @@
 """The paged KV cache of an attention worker. Which page belongs to which sequence is the router's business.
 
-Shapes: K KV heads, P pages, S slots of a page, d head size, T tokens.
+Shapes: K KV heads, P pages, S slots of a page, d head size.
 """
 
 from __future__ import annotations
@@ -33,14 +33,6 @@ class KVCache:
         self.num_pages = num_pages
         self.k_KPSd = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.v_KPSd = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-
-    def write(self, layer: int, k_TKd: torch.Tensor, v_TKd: torch.Tensor, slots_T: torch.Tensor) -> None:
-        """Store the tokens' keys and values of one layer; slot = page * page_size + offset.
-
-        IndexError if a slot is outside the cache, RuntimeError if a shape or dtype is not the cache's.
-        """
-        for pages, new_TKd in ((self.k_KPSd[layer], k_TKd), (self.v_KPSd[layer], v_TKd)):
-            pages.view(pages.shape[0], -1, pages.shape[3]).index_copy_(1, slots_T, new_TKd.transpose(0, 1))
 
     @property
     def bytes(self) -> int:

@@ -11,24 +11,8 @@ from __future__ import annotations
 
 import torch
 
-FIRST_BLOCK = 512
-"""Entries per block when one is wanted."""
-
 BLOCKS = ((64, 4), (16, 2))
 """(Entries per block, how many times the candidates must fit into the vocabulary for the blocks to pay)."""
-
-
-def first_largest(x_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, values) [R] of each row's largest entry, the first of equals. The value of a row that holds NaN is NaN."""
-    vocab_size = x_RV.shape[1]
-    if vocab_size % FIRST_BLOCK or vocab_size == FIRST_BLOCK:
-        ids_R = x_RV.argmax(-1)
-        return ids_R, x_RV.gather(1, ids_R[:, None])[:, 0]
-    x_RBS = x_RV.view(len(x_RV), -1, FIRST_BLOCK)
-    maxima_RB = x_RBS.amax(-1)
-    block_R = maxima_RB.argmax(-1)
-    x_RS = x_RBS[torch.arange(len(x_RV), device=x_RV.device), block_R]
-    return block_R * FIRST_BLOCK + x_RS.argmax(-1), maxima_RB.gather(1, block_R[:, None])[:, 0]
 
 
 def largest(x_RV: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:

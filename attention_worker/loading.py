@@ -7,9 +7,8 @@ import logging
 import torch
 
 from attention_worker.config import AttentionWorkerSettings
-from attention_worker.determinism import check_attention, row_counts
 from attention_worker.engine import AttentionEngine, AttentionEngineSettings, num_pages_in
-from attention_worker.weights import load_weights
+from attention_worker.weights import load_weights, row_counts
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
@@ -40,8 +39,9 @@ def _load(
         config = checkpoint.config
         weights = load_weights(checkpoint, dtype, torch.device(settings.device), settings.deterministic)
     if settings.deterministic:
-        check_attention(config, dtype, settings.page_size)
         logger.info("deterministic; row counts of products: %s", row_counts(weights))
     num_pages = settings.num_pages or num_pages_in(config, dtype, settings.page_size, settings.kv_gib)
     sizes = AttentionEngineSettings(num_pages, settings.page_size, settings.max_step_tokens)
-    return AttentionEngine(config, weights, sizes, metrics, device)
+    engine = AttentionEngine(config, weights, sizes, metrics, device)
+    engine.warm_up()
+    return engine

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from attention_worker.largest import first_largest, largest, without_nan
+from attention_worker.largest import largest, without_nan
 from attention_worker.logit_rules import apply_allowed
+from attention_worker.row_passes import first_largest
 from grokmoe.step_plan import WHOLE_VOCABULARY, LogprobTable, TokenSampling
 
 SLICE_BYTES = 32 * 2**20

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from attention_worker.draws import draw_by_id, draw_by_likelihood, take, uniforms
-from attention_worker.largest import first_largest, without_nan
+from attention_worker.largest import without_nan
 from attention_worker.logit_rules import apply_rules, first_permitted, has_rules
+from attention_worker.row_passes import first_largest
 from grokmoe.step_plan import TokenSampling
 
 

@@ -16,6 +16,19 @@ from grokmoe.step_plan import SequenceChunk
 
 
 @dataclass(frozen=True)
+class RowsApart:
+    """Rows that a kernel computes one by one, int64 each.
+
+    rows_R: which. Row t sees the first num_keys_T[t] slots of the pages from pages[offsets_T[t]] on.
+    """
+
+    rows_R: torch.Tensor
+    pages: torch.Tensor
+    offsets_T: torch.Tensor
+    num_keys_T: torch.Tensor
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """The step's tensors, built once on the CPU. Its rows are the chunks' tokens, one chunk after the other.
 
@@ -29,7 +42,8 @@ class StepBatch:
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     spans: Spans
-    _groups: dict[TileShape, tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _groups: dict[tuple[TileShape, int], tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _apart: dict[int | None, RowsApart] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(cls, chunks: Sequence[SequenceChunk], page_size: int) -> StepBatch:
@@ -57,14 +71,36 @@ class StepBatch:
             token_ids_T=torch.from_numpy(_concatenate([chunk.token_ids for chunk in chunks])),
             positions_T=torch.from_numpy(position_T),
             slots_T=torch.from_numpy(page_T * page_size + position_T % page_size),
-            spans=Spans(first_row_C, length_C, start_C, page_offset_C, pages),
+            spans=Spans(first_row_C, length_C, start_C, page_offset_C, pages, len(position_T)),
         )
 
-    def tile_groups(self, shape: TileShape) -> tuple[TileGroup, ...]:
-        """The CPU kernel's tiling, planned at the step's first layer and kept for the others."""
-        groups = self._groups.get(shape)
+    def check_pages(self, num_pages: int) -> None:
+        """IndexError if a page is not in a cache of so many."""
+        if self.spans.pages.size and self.spans.pages.max() >= num_pages:
+            raise IndexError(f"page {self.spans.pages.max()} of a cache of {num_pages} pages")
+
+    def rows_apart(self, most_tokens: int | None) -> RowsApart:
+        """The rows of chunks of at most so many tokens, of all chunks for None. Found once."""
+        apart = self._apart.get(most_tokens)
+        if apart is None:
+            apart = self._apart[most_tokens] = self._find_apart(most_tokens)
+        return apart
+
+    def _find_apart(self, most_tokens: int | None) -> RowsApart:
+        spans = self.spans
+        rows = np.arange(spans.num_rows)
+        if most_tokens is not None:
+            rows = rows[np.repeat(spans.length_C <= most_tokens, spans.length_C)]
+        offsets_T = torch.from_numpy(np.repeat(spans.page_offset_C, spans.length_C))
+        return RowsApart(torch.from_numpy(rows), torch.from_numpy(spans.pages), offsets_T, self.positions_T + 1)
+
+    def tile_groups(self, shape: TileShape, more_than: int = 0) -> tuple[TileGroup, ...]:
+        """The tiling of the chunks of more tokens than that, planned at the step's first layer and kept for the
+        others."""
+        key = shape, more_than
+        groups = self._groups.get(key)
         if groups is None:
-            groups = self._groups[shape] = plan_tiles(self.spans, shape)
+            groups = self._groups[key] = plan_tiles(self.spans.select(self.spans.length_C > more_than), shape)
         return groups
 
 

@@ -69,3 +69,10 @@ def load_weights(
     head_VD = embedding_VD if config.tie_word_embeddings else read(names.head(config))
     head = PackedLinear(head_VD, deterministic)
     return AttentionWeights(embedding_VD, tuple(layers), gain(names.final_norm()), head, deterministic)
+
+
+def row_counts(weights: AttentionWeights) -> str:
+    """The row counts that the products of a deterministic worker use, for the log."""
+    layer = weights.layers[0]
+    parts = {"qkv": layer.qkv, "o_proj": layer.o_proj, "head": weights.head}
+    return "; ".join(f"{name} {','.join(map(str, linear.row_counts))}" for name, linear in parts.items())

@@ -1,7 +1,8 @@
 """Do a row's bits depend on its company, operation by operation, and what does `--deterministic` cost?
 
     python benchmarks/invariance.py                     operations at the sizes of the bench model: seconds
-    python benchmarks/invariance.py --cost DIR          tokens/s of a checkpoint with the mode off and on
+    python benchmarks/invariance.py --cost DIR          tokens/s of a checkpoint with the mode off and on;
+                                                        `benchmarks/step.py --preset bench` makes one
 
 Operations: each row's result in a reference batch of 8 rows is compared with its result in batches of other row counts
 and at other places; the table has the row counts that give other bits. "plain" is the operation as torch has it,
@@ -27,8 +28,8 @@ tune_process()  # before torch is loaded
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from attention_worker.attention import select_attention  # noqa: E402
 from attention_worker.config import AttentionWorkerSettings  # noqa: E402
+from attention_worker.device_kernels import select_kernels  # noqa: E402
 from attention_worker.layers import Rope, rms_norm  # noqa: E402
 from attention_worker.loading import load_engine  # noqa: E402
 from attention_worker.step_batch import StepBatch  # noqa: E402
@@ -115,7 +116,7 @@ def attention_cases(dtype: torch.dtype) -> dict[str, Rows]:
         k, v = (torch.randn(K, len(pages), S, D).to(dtype) for _ in range(2))
         q = torch.randn(length, H, D).to(dtype)
         for name, mode in (("ours", False), ("mode", True)):
-            kernel = select_attention("cpu", mode)
+            kernel = select_kernels("cpu", mode).attend
 
             def compute(
                 a: int, b: int, length: int = length, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v,
@@ -189,7 +190,7 @@ async def measure_cost(model: str, dtype: str, rounds: int, threads: int) -> lis
     async with fused(model, dtype, False, threads) as off, fused(model, dtype, True, threads) as on:
         for turn in range(rounds + 1):
             for name, batch, length, new in loads:
-                for mode, engine in ((False, off), (True, on)):
+                for mode, engine in ((False, off), (True, on))[:: 1 if turn % 2 else -1]:  # no mode is always first
                     draw = random.Random(f"{name} {turn}")
                     prompts = [[draw.randrange(4, 500) for _ in range(length)] for _ in range(batch)]
                     began = time.perf_counter()

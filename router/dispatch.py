@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
+from router import row_loops
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shard:
@@ -48,22 +50,21 @@ def plan(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, worker_of_expert
     """
     num_experts = len(worker_of_expert)
     by_worker = sorted(range(num_experts), key=lambda expert: (worker_of_expert[expert], expert))
-    flat_N = expert_ids_TK.reshape(-1)
-    if by_worker == list(range(num_experts)):
-        slot_N = flat_N
-    else:
-        slot_of_expert = torch.empty(num_experts, dtype=torch.int64)
-        slot_of_expert[torch.tensor(by_worker)] = torch.arange(num_experts)
-        slot_N = slot_of_expert[flat_N]
-    order_N = slot_N.argsort(stable=True)
-    counts = torch.bincount(slot_N, minlength=num_experts).tolist()
-    row_of_rank = torch.empty_like(order_N)
-    row_of_rank[order_N] = torch.arange(order_N.numel())
-    num_ranks = expert_ids_TK.shape[1]
+    slot_of_expert = [0] * num_experts
+    for slot, expert in enumerate(by_worker):
+        slot_of_expert[expert] = slot
+    num_tokens, num_ranks = expert_ids_TK.shape
+    token_of_row_N = torch.empty(num_tokens * num_ranks, dtype=torch.int64)
+    row_of_rank_TK = torch.empty(num_tokens, num_ranks, dtype=torch.int64)
+    counts_E = torch.empty(num_experts, dtype=torch.int64)
+    row_loops.plan(
+        torch.float32, 1, num_tokens, num_ranks, num_experts,
+        expert_ids_TK.contiguous(), torch.tensor(slot_of_expert), counts_E, token_of_row_N, row_of_rank_TK,
+    )  # fmt: skip
     return DispatchPlan(
-        shards=_shards(by_worker, counts, worker_of_expert),
-        token_of_row_N=order_N // num_ranks,
-        row_of_rank_TK=row_of_rank.view(-1, num_ranks),
+        shards=_shards(by_worker, counts_E.tolist(), worker_of_expert),
+        token_of_row_N=token_of_row_N,
+        row_of_rank_TK=row_of_rank_TK,
         weights_TK=weights_TK,
     )
 
@@ -115,8 +116,9 @@ def combine(plan: DispatchPlan, rows_ND: torch.Tensor) -> torch.Tensor:
     rows_ND: one output row per gathered row, in the same order. Returns y_TD in the rows' type.
     """
     num_tokens, num_ranks = plan.row_of_rank_TK.shape
-    y_TD = torch.zeros(num_tokens, rows_ND.shape[1], dtype=torch.float32)
-    for rank in range(num_ranks):
-        rank_rows_TD = rows_ND.index_select(0, plan.row_of_rank_TK[:, rank])
-        y_TD.addcmul_(rank_rows_TD.float(), plan.weights_TK[:, rank, None])
-    return y_TD.to(rows_ND.dtype)
+    y_TD = torch.empty(num_tokens, rows_ND.shape[1], dtype=rows_ND.dtype)
+    row_loops.combine(
+        rows_ND.dtype, num_tokens, num_ranks, rows_ND.shape[1],
+        rows_ND.contiguous(), y_TD, plan.row_of_rank_TK, plan.weights_TK.contiguous(),
+    )  # fmt: skip
+    return y_TD

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight. Pure tensor arithmetic, float32.
+"""Which experts a token goes to, and with what weight. Pure arithmetic; a token's does not depend on the others.
 
 Letters: T tokens, D hidden, E experts, K experts per token.
 """
@@ -8,21 +8,24 @@ from __future__ import annotations
 import torch
 
 from grokmoe.model_config import ModelConfig
+from router import row_loops
 
 
-def gate(x_TD: torch.Tensor, gate_DE: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def gate(x_TD: torch.Tensor, gate_ED: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses the experts of every token.
 
-    z = x W; optionally capped to 30 tanh(z / 30); p = softmax(z) over all experts; the K largest, optionally
+    z = W x in float32; optionally capped to 30 tanh(z / 30); p = softmax(z) over all experts; the K largest, optionally
     renormalised to sum to one (docs/numerics.md, "MoE").
 
-    x_TD: MoE input, any float type. gate_DE: float32, transposed from the checkpoint's [E, D].
-    Returns: weights_TK float32 in descending order, expert_ids_TK int64. Of equal probabilities either may be first.
+    x_TD: MoE input, float32 or bfloat16. gate_ED: float32, as in the checkpoint.
+    Returns: weights_TK float32 in descending order, expert_ids_TK int64. Of equal probabilities the lower expert is
+    first. A token that is no number gets K experts all the same, with weights that are none.
     """
-    logits_TE = x_TD.float() @ gate_DE
-    if config.router_cap is not None:
-        logits_TE = config.router_cap * torch.tanh(logits_TE / config.router_cap)
-    weights_TK, expert_ids_TK = logits_TE.softmax(-1).topk(config.experts_per_token, dim=-1)
-    if config.renormalize_gates:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    num_tokens, num_ranks = len(x_TD), config.experts_per_token
+    weights_TK = torch.empty(num_tokens, num_ranks, dtype=torch.float32)
+    expert_ids_TK = torch.empty(num_tokens, num_ranks, dtype=torch.int64)
+    row_loops.gate(
+        x_TD.dtype, num_tokens, x_TD.shape[1], config.num_experts, num_ranks,
+        config.router_cap or 0.0, int(config.renormalize_gates), x_TD.contiguous(), gate_ED, weights_TK, expert_ids_TK,
+    )  # fmt: skip
     return weights_TK, expert_ids_TK

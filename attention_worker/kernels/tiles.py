@@ -1,20 +1,16 @@
-"""The tiling of one step's attention for the CPU kernel: which rows meet which pages in one batched product.
+"""The tiling of one step's long chunks for the CPU kernel: which rows meet which pages in one batched product.
 
 A tile is a run of query rows of one chunk with every key those rows may see. Tiles of the same row class and of
 like key length form a group, and a group is one batch of matrix products over (tile, KV head) pairs. A group's
 working set is bounded, so the number of groups grows with the work of the step, never with sequences * heads.
 
-Who shares a tile or a group with a row must not change its bits (docs/numerics.md, "The same bits in any company"). So
-the shapes at which libraries change their way of summing are avoided: `TileShape.least_rows` and `page_step`.
-
 Shapes: N tiles of a group, R query rows of a tile (padded), L keys of a tile (padded, a whole number of pages),
-J pages of a tile, M the last keys of L (those some row may not see), S slots of a page, K KV heads, T tokens of
+J pages of a tile, S slots of a page, K KV heads, T tokens of
 the step, C chunks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,10 +25,10 @@ MIN_TILE_ROWS = 16
 """Fewest rows that a long key range may cut a tile down to; below this the gather costs more than it saves."""
 
 TILE_BYTES = 16 << 20
-"""Float32 scores of one tile, all heads: cut into fewer rows beyond this."""
+"""Scores of one tile, all heads, four bytes each in two parts: cut into fewer rows beyond this."""
 
 GROUP_BYTES = 8 << 20
-"""Gathered keys (the values take their place later), scores and weights of one group: more tiles join it only
+"""Gathered keys (the values take their place later) and scores of one group: more tiles join it only
 below this. Small groups lose to the fixed cost of some twenty torch calls, large ones to cache misses."""
 
 PADDING_SHARE = 0.15
@@ -42,15 +38,6 @@ PADDING_BYTES = 256 << 10
 """... beyond that share, in bytes: another group would cost as much as this much padding."""
 
 Ints = NDArray[np.int64]
-
-
-KEY_STEP = 32
-"""Keys of a tile are a multiple of this: the sum of a row's weights then takes one path for every number of keys that
-follow with weight zero."""
-
-SMALL_PRODUCT, SMALL_BATCH = 400, 4096
-"""Multiplications up to which torch computes one product of a batch, or in bfloat16 a whole batch, by loops of its own,
-with other last bits than the libraries' (rows * keys * d, and that times the number of products)."""
 
 
 @dataclass(frozen=True)
@@ -64,38 +51,29 @@ class TileShape:
     page_size: int
     element_bytes: int
 
-    @property
-    def least_rows(self) -> int:
-        """The lowest tile, a power of two: below it float32 products take another kernel with other last bits.
-
-        That happens with fewer than 4 rows, and with a product that is alone and that threads cut into such parts.
-        """
-        if self.element_bytes < 4:
-            return 1
-        if self.num_kv_heads == 1:
-            return 8
-        group = self.num_heads // self.num_kv_heads
-        return next(rows for rows in (1, 2, 4) if rows * group >= 4)
-
-    @property
-    def page_step(self) -> int:
-        """Pages of a tile are a multiple of this: see KEY_STEP, SMALL_PRODUCT and SMALL_BATCH."""
-        multiplications = self.least_rows * self.num_heads * self.head_dim
-        keys = KEY_STEP
-        while keys * multiplications <= max(SMALL_BATCH, SMALL_PRODUCT * self.num_kv_heads):
-            keys *= 2
-        return keys // math.gcd(keys, self.page_size)
-
 
 @dataclass(frozen=True)
 class Spans:
-    """The chunks of a step as arrays over chunks; `pages` holds every chunk's page ids, one after the other."""
+    """Chunks of a step as arrays over chunks; `pages` holds every chunk's page ids, one after the other. num_rows: of
+    the step, whose rows `first_row_C` counts."""
 
     first_row_C: Ints
     length_C: Ints
     start_C: Ints
     page_offset_C: Ints
     pages: Ints
+    num_rows: int
+
+    def select(self, chosen_C: NDArray[np.bool_]) -> Spans:
+        """Some of the chunks."""
+        return Spans(
+            self.first_row_C[chosen_C],
+            self.length_C[chosen_C],
+            self.start_C[chosen_C],
+            self.page_offset_C[chosen_C],
+            self.pages,
+            self.num_rows,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +84,7 @@ class TileGroup:
     out_rows_NR  [N*R] rows of the output to write (a padding row goes to row T, which is dropped)
     first_row    set when the rows are one run without padding: a slice then replaces both indices
     pages_NKJ    [N*K*J] rows of the cache seen as [K * num_pages, S * d]; padding repeats the tile's first page
-    hidden_N1R1M [N, 1, R, 1, M] true where a row must not see one of the last M keys; None when it sees all
+    num_seen_NKR [N*K*R] keys that a row may see, the first of L
     unused_slots rows of the gathered values, seen as [N*K*L, d], that hold no token of the tile; None for none
     """
 
@@ -117,7 +95,7 @@ class TileGroup:
     out_rows_NR: torch.Tensor
     first_row: int | None
     pages_NKJ: torch.Tensor
-    hidden_N1R1M: torch.Tensor | None
+    num_seen_NKR: torch.Tensor
     unused_slots: torch.Tensor | None
 
 
@@ -139,9 +117,7 @@ class _Tiles:
 
 
 def plan_tiles(spans: Spans, shape: TileShape) -> tuple[TileGroup, ...]:
-    """Groups of tiles that cover every row of the step once. IndexError if a page is not in the cache."""
-    if spans.pages.size and spans.pages.max() >= shape.num_pages:
-        raise IndexError(f"page {spans.pages.max()} of a cache of {shape.num_pages} pages")
+    """Groups of tiles that cover every row of these chunks once. The cache must have their pages."""
     tiles = _cut(spans, shape)
     return tuple(_group(tiles[index], row_class, spans, shape) for row_class, index in _batches(tiles, shape))
 
@@ -167,13 +143,12 @@ def _cut(spans: Spans, shape: TileShape) -> _Tiles:
 
 
 def _num_pages(tiles: _Tiles, shape: TileShape) -> Ints:
-    """Pages of every tile, those that pad it to a whole step included."""
-    return -(-tiles.num_keys // (shape.page_size * shape.page_step)) * shape.page_step
+    return -(-tiles.num_keys // shape.page_size)
 
 
 def _batches(tiles: _Tiles, shape: TileShape) -> Iterator[tuple[int, Ints]]:
     """(row class, tile indices) of every group: one row class, like key lengths, bounded working set."""
-    row_class = np.maximum(_power_of_two_at_least(tiles.num_rows), shape.least_rows)
+    row_class = _power_of_two_at_least(tiles.num_rows)
     num_pages = _num_pages(tiles, shape)
     order = np.lexsort((-num_pages, row_class))
     row_class, num_pages = row_class[order], num_pages[order]
@@ -181,7 +156,7 @@ def _batches(tiles: _Tiles, shape: TileShape) -> Iterator[tuple[int, Ints]]:
     while begin < len(order):
         rows = int(row_class[begin])
         key_bytes = shape.num_kv_heads * shape.head_dim * shape.element_bytes
-        key_bytes += shape.num_heads * rows * (4 + shape.element_bytes)
+        key_bytes += shape.num_heads * rows * 2 * shape.element_bytes
         tile_bytes = shape.page_size * key_bytes * num_pages[begin : np.searchsorted(row_class, rows, side="right")]
         padding = np.cumsum(tile_bytes[0] - tile_bytes)
         alike = padding <= PADDING_BYTES + PADDING_SHARE * np.cumsum(tile_bytes)
@@ -196,15 +171,14 @@ def _batches(tiles: _Tiles, shape: TileShape) -> Iterator[tuple[int, Ints]]:
 def _group(tiles: _Tiles, row_class: int, spans: Spans, shape: TileShape) -> TileGroup:
     num_tiles, page_size = len(tiles.row), shape.page_size
     num_keys_N = tiles.num_keys
-    pages_N = -(-num_keys_N // page_size)
-    most_pages = int(_num_pages(tiles, shape).max())
+    pages_N = _num_pages(tiles, shape)
+    most_pages = int(pages_N.max())
     num_keys = most_pages * page_size
 
     step_R = np.arange(row_class)
     within_NR = step_R < tiles.num_rows[:, None]
     row_NR = tiles.row[:, None] + np.minimum(step_R, tiles.num_rows[:, None] - 1)
-    num_rows_of_step = int(spans.length_C.sum())
-    out_row_NR = np.where(within_NR, row_NR, num_rows_of_step)
+    out_row_NR = np.where(within_NR, row_NR, spans.num_rows)
     flat_rows = row_NR.reshape(-1)
     is_run = bool(within_NR.all()) and bool((np.diff(flat_rows) == 1).all())
 
@@ -214,10 +188,8 @@ def _group(tiles: _Tiles, row_class: int, spans: Spans, shape: TileShape) -> Til
     head_base_K = np.arange(shape.num_kv_heads)[:, None] * shape.num_pages
     pages_NKJ = page_id_NJ[:, None, :] + head_base_K
 
-    first_hidden = min(int(tiles.position.min()) + 1, num_keys)
-    key_M = np.arange(first_hidden, num_keys)
-    last_seen_NR = tiles.position[:, None] + np.minimum(step_R, tiles.num_rows[:, None] - 1)
-    hidden_NRM = key_M > last_seen_NR[:, :, None]
+    num_seen_NR = tiles.position[:, None] + np.minimum(step_R, tiles.num_rows[:, None] - 1) + 1
+    num_seen_NKR = np.repeat(num_seen_NR, shape.num_kv_heads, axis=0)
 
     slot_S = np.arange(page_size)
     unused_NL = (page_NJ[:, :, None] * page_size + slot_S >= num_keys_N[:, None, None]).reshape(num_tiles, num_keys)
@@ -233,6 +205,6 @@ def _group(tiles: _Tiles, row_class: int, spans: Spans, shape: TileShape) -> Til
         out_rows_NR=torch.from_numpy(out_row_NR.reshape(-1)),
         first_row=int(flat_rows[0]) if is_run else None,
         pages_NKJ=torch.from_numpy(pages_NKJ.reshape(-1)),
-        hidden_N1R1M=torch.from_numpy(hidden_NRM[:, None, :, None, :]) if hidden_NRM.any() else None,
+        num_seen_NKR=torch.from_numpy(num_seen_NKR.reshape(-1)),
         unused_slots=torch.from_numpy(unused) if unused.size else None,
     )

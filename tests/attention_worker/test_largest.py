@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention_worker.largest import first_largest, largest
+from attention_worker.largest import largest
+from attention_worker.row_passes import first_largest, row_sums, scaled
 
 ENTRY = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf])
 
@@ -44,3 +45,20 @@ def test_a_row_with_nan_says_so() -> None:
     x_RV = torch.zeros(3, 1024)
     x_RV[1, 700] = math.nan
     assert first_largest(x_RV)[1].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_and_scales(dtype: torch.dtype) -> None:
+    x_RV = torch.randn(5, 1337, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(row_sums(x_RV), x_RV.double().sum(-1).float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(scaled(x_RV, 0.577), x_RV.float() * 0.577)
+    for bad in (math.nan, math.inf, -math.inf):
+        x_RV[3, 1336] = bad
+        assert row_sums(x_RV).isfinite().tolist() == [True, True, True, False, True]
+
+
+def test_negative_nan_is_nan_too() -> None:
+    x_RV = torch.tensor([[1.0, -math.nan, 2.0], [-0.0, 0.0, -1.0]])
+    ids_R, values_R = first_largest(x_RV)
+    assert values_R[0].isnan()
+    assert ids_R[1] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_worker.attention import select_attention
+from attention_worker.device_kernels import CpuKernels, PlainKernels, select_kernels
 from attention_worker.kernels import cpu, reference, tiles
 from attention_worker.step_batch import StepBatch
 from grokmoe.step_plan import SequenceChunk
@@ -155,17 +156,30 @@ def test_sequences_share_prefix_pages() -> None:
 def test_long_prompt_is_cut_into_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE_BYTES", 1 << 17)
     monkeypatch.setattr(tiles, "GROUP_BYTES", 1 << 19)
-    step = make_step([(0, 500), (37, 300), *[(n, 1) for n in range(400, 430)]])
+    step = make_step([(0, 500), (37, 300), *[(n, 1) for n in range(400, 430)]], dtype=torch.bfloat16)
     step.check()
     (groups,) = step.batch._groups.values()
     assert len(groups) > 5
 
 
 def test_groups_grow_with_work_not_with_sequences() -> None:
-    step = make_step([(n % 50, 1) for n in range(256)], canaries=False)
+    step = make_step([(n % 50, 10) for n in range(256)], canaries=False, dtype=torch.bfloat16)
     step.run()
     (groups,) = step.batch._groups.values()
     assert len(groups) <= 3
+
+
+def test_deterministic_rows_are_computed_one_by_one() -> None:
+    """In bfloat16 a row of a long chunk then has the bits it has alone."""
+    step = make_step([(40, 33)], dtype=torch.bfloat16)
+    chunk = step.batch.chunks[0]
+    alone = StepBatch.build([SequenceChunk((1,), 60, chunk.page_ids)], 16)
+    kernel = functools.partial(cpu.paged_attention, deterministic=True)
+    part = Step(step.q_THd[20:21], step.k_KPSd, step.v_KPSd, alone).run(kernel)
+    assert torch.equal(part[0], step.run(kernel)[20])
+    assert not step.batch._groups
+    step.run()
+    assert step.batch._groups
 
 
 def test_queries_and_caches_that_are_views() -> None:
@@ -201,8 +215,8 @@ def test_the_same_sequence_alone_and_in_a_batch() -> None:
 
 
 def test_the_device_chooses_the_kernel() -> None:
-    assert select_attention("cpu") is cpu.paged_attention
-    assert select_attention(torch.device("meta")) is reference.paged_attention
+    assert isinstance(select_kernels("cpu"), CpuKernels)
+    assert isinstance(select_kernels(torch.device("meta")), PlainKernels)
 
 
 @settings(max_examples=40, deadline=None)

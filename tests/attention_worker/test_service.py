@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import types
 import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -517,15 +518,15 @@ def test_a_sequence_that_is_not_finite_is_named_and_its_neighbours_go_on(tmp_pat
 def test_a_bug_fails_the_step_and_not_the_lane(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with worker(tmp_path) as (engine, channel):
-            lane, real = Lane(engine, channel), engine._cache.write
+            lane, real = Lane(engine, channel), engine._model._kernels
 
             def broken(*_: Any) -> None:
                 raise ZeroDivisionError("x / 0")
 
-            engine._cache.write = broken  # type: ignore[method-assign]
+            engine._model._kernels = types.SimpleNamespace(norm=broken)  # type: ignore[assignment]
             await lane.begin(3)
             assert "ZeroDivisionError" in (await lane.failure(3)).message
-            engine._cache.write = real  # type: ignore[method-assign]
+            engine._model._kernels = real
             await lane.check()
             assert outcome_count(engine, "failed") == 1
             assert device().call(lambda: "alive") == "alive"

@@ -72,20 +72,25 @@ def test_tiles_cover_every_row_once_and_are_planned_once() -> None:
         assert len(group.pages_NKJ) == group.num_tiles * 2 * group.num_keys // 4
 
 
-def test_cache_keeps_what_is_written() -> None:
+def test_cache_has_pages_of_every_layer() -> None:
     cache = KVCache(2, num_pages=5, page_size=4, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16, device="cpu")
     assert cache.bytes == 2 * 2 * 5 * 4 * 2 * 8 * 2
-    assert cache.k_KPSd[0].shape == (2, 5, 4, 8)
-    k_TKd, v_TKd = torch.randn(2, 3, 2, 8).bfloat16()
-    cache.write(1, k_TKd, v_TKd, torch.tensor([6, 19, 0]))
-    for pages, written in ((cache.k_KPSd[1], k_TKd), (cache.v_KPSd[1], v_TKd)):
-        assert torch.equal(pages[:, 1, 2], written[0])
-        assert torch.equal(pages[:, 4, 3], written[1])
-        assert torch.equal(pages[:, 0, 0], written[2])
-        assert pages.count_nonzero() == written.count_nonzero()
-    assert not cache.k_KPSd[0].any()
-    with pytest.raises(IndexError):
-        cache.write(0, k_TKd, v_TKd, torch.tensor([0, 1, 20]))
+    assert [pages.shape for pages in (*cache.k_KPSd, *cache.v_KPSd)] == [(2, 5, 4, 8)] * 4
+
+
+def test_rows_apart_are_those_of_short_chunks() -> None:
+    chunks = [
+        SequenceChunk((1,) * 2, 3, (7, 4)),
+        SequenceChunk((1,) * 9, 0, (1, 2, 3)),
+        SequenceChunk((1,), 8, (5, 6, 0)),
+    ]
+    batch = StepBatch.build(chunks, page_size=4)
+    apart = batch.rows_apart(2)
+    assert apart.rows_R.tolist() == [0, 1, 11]
+    assert batch.rows_apart(None).rows_R.tolist() == list(range(12))
+    for row, (keys, first_page) in {0: (4, 7), 1: (5, 7), 2: (1, 1), 10: (9, 1), 11: (9, 5)}.items():
+        assert apart.num_keys_T[row] == keys
+        assert apart.pages[apart.offsets_T[row]] == first_page
 
 
 def test_cache_sizes_must_be_positive() -> None:

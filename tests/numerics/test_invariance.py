@@ -14,9 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_worker.attention import select_attention
-from attention_worker.kernels.cpu import SHARE, VECTOR, whole_vectors
-from attention_worker.layers import Rope, rms_norm
+from attention_worker.device_kernels import CpuKernels, select_kernels
+from attention_worker.layers import Rope
 from attention_worker.step_batch import StepBatch
 from grokmoe import packed_linear
 from grokmoe.model_config import TINY, Gelu
@@ -67,7 +66,7 @@ def test_attention(
     shape = (heads[1], sum(num_pages), page_size, head_dim)
     k_KPSd, v_KPSd = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     queries = [(3 * torch.randn(n, heads[0], head_dim, generator=generator)).to(dtype) for n in lengths]
-    kernel = select_attention("cpu", deterministic=True)
+    kernel = select_kernels("cpu", deterministic=True).attend
 
     def attend(spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
         batch = StepBatch.build(
@@ -89,15 +88,13 @@ def test_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_with_other_numbers_of_threads(dtype: torch.dtype) -> None:
-    """Shares of passes over the scores then end elsewhere: two of them in the middle of a vector, here."""
     num_keys = 31 * 32
     generator = torch.Generator().manual_seed(0)
     q_THd = torch.randn(3, 15, 32, generator=generator).to(dtype)
     k_KPSd, v_KPSd = (torch.randn(3, num_keys, 1, 32, generator=generator).to(dtype) for _ in range(2))
     pages = tuple(range(num_keys))
     batch = StepBatch.build([SequenceChunk((0,), num_keys - 1 - index, pages) for index in range(3)], 1)
-    assert SHARE < 3 * 15 * num_keys < 2 * SHARE
-    kernel = select_attention("cpu", deterministic=True)
+    kernel = select_kernels("cpu", deterministic=True).attend
     before = torch.get_num_threads()
     try:
         found = []
@@ -108,15 +105,6 @@ def test_attention_with_other_numbers_of_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-
-
-@given(size=st.integers(1, 40 * SHARE), num_threads=st.integers(1, 64))
-def test_every_share_of_a_pass_is_whole_vectors(size: int, num_threads: int) -> None:
-    padded = whole_vectors(size, num_threads)
-    parts = max(1, min(num_threads, -(-padded // SHARE)))
-    assert padded >= size
-    assert padded % (parts * VECTOR) == 0
-    assert padded - size < 2 * num_threads * VECTOR
 
 
 def check_rows(compute: Callable[[slice], Sequence[torch.Tensor]], num_rows: int) -> None:
@@ -167,14 +155,20 @@ def test_gate_norm_and_combine(hidden: int) -> None:
         pytest.skip("not promised on this CPU")
     generator = torch.Generator().manual_seed(0)
     x_TD, gain_D = torch.randn(200, hidden, generator=generator), torch.randn(hidden, generator=generator)
-    gate_DE = torch.randn(hidden, 8, generator=generator) / hidden**0.5
-    check_rows(lambda rows: gate(x_TD[rows], gate_DE, TINY), 200)
-    check_rows(
-        lambda rows: [rms_norm(x_TD[rows], gain_D, 1e-5), rms_norm(x_TD[rows], gain_D, 1e-5, torch.bfloat16)], 200
-    )
+    gate_ED = torch.randn(8, hidden, generator=generator) / hidden**0.5
+    check_rows(lambda rows: gate(x_TD[rows], gate_ED, TINY), 200)
+    kernels = CpuKernels()
+    check_rows(lambda rows: [kernels.norm(x_TD[rows], gain_D, 1e-5, dtype) for dtype in DTYPES], 200)
+
+    def added(rows: slice) -> list[torch.Tensor]:
+        h_TD = x_TD[rows].clone()
+        kernels.add_normed(h_TD, x_TD[rows] * 0.3, gain_D, 1e-5)
+        return [h_TD]
+
+    check_rows(added, 200)
 
     def moe(rows: slice) -> list[torch.Tensor]:
-        weights_TK, expert_ids_TK = gate(x_TD[rows], gate_DE, TINY)
+        weights_TK, expert_ids_TK = gate(x_TD[rows], gate_ED, TINY)
         plan = dispatch.plan(expert_ids_TK, weights_TK, [0, 1, 0, 1, 2, 2, 0, 1])
         return [dispatch.combine(plan, dispatch.gather(plan, x_TD[rows]) * 0.7)]
 
@@ -260,13 +254,12 @@ def test_token_by_token(dtype: str) -> None:
     check(asyncio.run(answers(fused, setup, together=False)), alone(goldens.DIRECTORY, dtype))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_the_mode(dtype: str) -> None:
+def test_without_the_mode() -> None:
     """The same bits, where they are promised without it."""
     if not is_promised():
         pytest.skip("not promised on this CPU")
-    setup = Setup(goldens.DIRECTORY, dtype)
-    check(asyncio.run(answers(fused, setup, together=True)), alone(goldens.DIRECTORY, dtype))
+    setup = Setup(goldens.DIRECTORY, "float32")
+    check(asyncio.run(answers(fused, setup, together=True)), alone(goldens.DIRECTORY, "float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

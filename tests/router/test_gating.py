@@ -52,7 +52,7 @@ def test_against_a_loop(
     random = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(num_tokens, 12, generator=random).to(dtype)
     gate_ED = torch.randn(num_experts, 12, generator=random)
-    weights_TK, expert_ids_TK = gate(x_TD, gate_ED.t().contiguous(), settings)
+    weights_TK, expert_ids_TK = gate(x_TD, gate_ED, settings)
     assert weights_TK.shape == expert_ids_TK.shape == (num_tokens, settings.experts_per_token)
     assert weights_TK.dtype == torch.float32
     assert expert_ids_TK.dtype == torch.int64
@@ -63,27 +63,37 @@ def test_against_a_loop(
 
 
 def test_the_cap_tames_large_logits() -> None:
-    x_TD, gate_DE = torch.tensor([[1.0]]), torch.tensor([[1e6, 1e5, -1e6]])
-    weights_TK, expert_ids_TK = gate(x_TD, gate_DE, config(30.0, False, num_experts=3))
+    x_TD, gate_ED = torch.tensor([[1.0]]), torch.tensor([[1e6], [1e5], [-1e6]])
+    weights_TK, expert_ids_TK = gate(x_TD, gate_ED, config(30.0, False, num_experts=3))
     assert sorted(expert_ids_TK[0].tolist()) == [0, 1]
     assert weights_TK[0].tolist() == pytest.approx([0.5, 0.5]), "both are at the cap"
-    weights_TK, expert_ids_TK = gate(x_TD, gate_DE, config(None, False, num_experts=3))
+    weights_TK, expert_ids_TK = gate(x_TD, gate_ED, config(None, False, num_experts=3))
     assert weights_TK[0].tolist() == [1.0, 0.0]
 
 
 def test_renormalised_weights_sum_to_one() -> None:
     x_TD = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
-    gate_DE = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
-    ones_T = gate(x_TD, gate_DE, config(30.0, True))[0].sum(-1)
+    gate_ED = torch.randn(8, 12, generator=torch.Generator().manual_seed(2))
+    ones_T = gate(x_TD, gate_ED, config(30.0, True))[0].sum(-1)
     assert torch.allclose(ones_T, torch.ones(50))
-    assert (gate(x_TD, gate_DE, config(30.0, False))[0].sum(-1) < 1).all()
+    assert (gate(x_TD, gate_ED, config(30.0, False))[0].sum(-1) < 1).all()
 
 
 def test_a_token_is_gated_the_same_alone_and_in_company() -> None:
     x_TD = torch.randn(33, 192, generator=torch.Generator().manual_seed(1))
-    gate_DE = torch.randn(192, 8, generator=torch.Generator().manual_seed(2)) / 14
-    weights_TK, expert_ids_TK = gate(x_TD, gate_DE, config(30.0, True))
+    gate_ED = torch.randn(8, 192, generator=torch.Generator().manual_seed(2)) / 14
+    weights_TK, expert_ids_TK = gate(x_TD, gate_ED, config(30.0, True))
     for token in range(33):
-        alone_1K, ids_1K = gate(x_TD[token : token + 1], gate_DE, config(30.0, True))
+        alone_1K, ids_1K = gate(x_TD[token : token + 1], gate_ED, config(30.0, True))
         assert torch.equal(ids_1K[0], expert_ids_TK[token])
-        assert torch.allclose(alone_1K[0], weights_TK[token], atol=1e-6)
+        assert torch.equal(alone_1K[0], weights_TK[token])
+
+
+def test_equal_logits_go_to_the_lower_expert_and_what_is_no_number_stays_one() -> None:
+    gate_ED = torch.ones(8, 12)
+    x_TD = torch.ones(3, 12)
+    x_TD[1, 4] = math.nan
+    weights_TK, expert_ids_TK = gate(x_TD, gate_ED, config(30.0, True))
+    assert expert_ids_TK.tolist() == [[0, 1]] * 3
+    assert weights_TK[[0, 2]].tolist() == [[0.5, 0.5]] * 2
+    assert weights_TK[1].isnan().all()
