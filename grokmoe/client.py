@@ -16,7 +16,16 @@ from typing import Any, Self, Unpack
 from grpc_health.v1 import health_pb2
 
 from grokmoe.channel import TIMEOUTS
-from grokmoe.cluster_status import Status, read_status
+from grokmoe.cluster_status import (
+    ExpertRange,
+    MoveCost,
+    Rebalance,
+    Status,
+    build_move_request,
+    read_move_cost,
+    read_rebalance,
+    read_status,
+)
 from grokmoe.connection import ClientOptions, Connection, Endpoint
 from grokmoe.errors import DeadlineExceeded, Unavailable
 from grokmoe.options import (
@@ -52,6 +61,9 @@ GENERATE_TIMEOUT = 600.0
 RETRIES = 3
 """Most attempts after the first unless the caller says otherwise."""
 
+MOVE_TIMEOUT = 3600.0
+"""Deadline of moves of experts unless the caller names one, seconds: many of them are many gigabytes from a disk."""
+
 READY_POLL = 0.1
 """Seconds between two looks at a service that is not ready."""
 
@@ -67,8 +79,8 @@ class AsyncClient:
     UNAVAILABLE, and RESOURCE_EXHAUSTED if the server says when (RetryInfo). The pause is the server's, else 0.1 s and
     doubling. Nothing else is, and nothing after the first message.
 
-    The calls of a list, or of a `dns:///` name with several addresses, go round all servers that are healthy. `status`
-    and `abort` then ask any one of them; to ask a certain one, make a client for it.
+    The calls of a list, or of a `dns:///` name with several addresses, go round all servers that are healthy. `status`,
+    `abort` and what moves experts then ask any one of them; to ask a certain one, make a client for it.
 
     Methods raise RuntimeError on a closed client and on another event loop than the first call's.
     """
@@ -181,6 +193,39 @@ class AsyncClient:
         ids, connection = [request_ids] if isinstance(request_ids, str) else request_ids, self._connect()
         request = control_pb2.AbortRequest(request_ids=ids)
         return tuple((await connection.ask(connection.control.Abort, request, self._attempts(timeout))).aborted_ids)
+
+    async def move_experts(
+        self,
+        experts: int | ExpertRange | Sequence[int | ExpertRange],
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        timeout: float = MOVE_TIMEOUT,
+    ) -> MoveCost:
+        """Moves experts to another expert worker while requests run; returns when it is done.
+
+        experts: numbers, in all layers, or `ExpertRange`. source: address of the worker that gives them up; None: they
+            are copied. target: of the one that takes them; None: they are dropped.
+        timeout: seconds. A call that is left leaves the move to its end, and is never tried again.
+
+        Raises InvalidRequest, NotFound for an address without a worker, FailedPrecondition for the last holder
+        (LAST_HOLDER), ResourceExhausted when the target is full (NO_ROOM), Unavailable; after each of them nothing has
+        changed.
+        """
+        request, connection = build_move_request(experts, source, target), self._connect()
+        return read_move_cost(await connection.ask(connection.control.MoveExperts, request, Attempts(0, timeout)))
+
+    async def rebalance_experts(
+        self, *, dry_run: bool = False, force: bool = False, timeout: float = MOVE_TIMEOUT
+    ) -> Rebalance:
+        """Moves experts so that expert workers have even load, if it is worth it; returns when it is done.
+
+        dry_run: only say what would be done. force: also when the gain does not exceed the cost.
+        timeout: seconds. A call that is left leaves the moves to their end, and is never tried again.
+        """
+        request = control_pb2.RebalanceExpertsRequest(dry_run=dry_run, force=force)
+        connection = self._connect()
+        return read_rebalance(await connection.ask(connection.control.RebalanceExperts, request, Attempts(0, timeout)))
 
     async def wait_ready(self, timeout: float) -> None:
         """Returns when the service accepts generations; DeadlineExceeded, with the reason, after `timeout` seconds.

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from grokmoe.channel import TIMEOUTS
-from grokmoe.client import AsyncClient
-from grokmoe.cluster_status import Status
+from grokmoe.client import MOVE_TIMEOUT, AsyncClient
+from grokmoe.cluster_status import ExpertRange, MoveCost, Rebalance, Status
 from grokmoe.connection import ClientOptions
 from grokmoe.errors import Cancelled
 from grokmoe.options import GenerateOptions, Prompt, ScoreOptions, TokenizeOptions
@@ -189,6 +189,24 @@ class Client:
     def abort(self, request_ids: str | Sequence[str], *, timeout: float = TIMEOUTS.status) -> tuple[str, ...]:
         """Ends live requests, whoever sent them. See `AsyncClient.abort`."""
         return self._thread.run(self._client.abort(request_ids, timeout=timeout))
+
+    def move_experts(
+        self,
+        experts: int | ExpertRange | Sequence[int | ExpertRange],
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        timeout: float = MOVE_TIMEOUT,
+    ) -> MoveCost:
+        """Moves experts to another expert worker while requests run. See `AsyncClient.move_experts`."""
+        call = self._client.move_experts(experts, source=source, target=target, timeout=timeout)
+        return self._thread.run(call)
+
+    def rebalance_experts(
+        self, *, dry_run: bool = False, force: bool = False, timeout: float = MOVE_TIMEOUT
+    ) -> Rebalance:
+        """Moves experts so that expert workers have even load. See `AsyncClient.rebalance_experts`."""
+        return self._thread.run(self._client.rebalance_experts(dry_run=dry_run, force=force, timeout=timeout))
 
     def wait_ready(self, timeout: float) -> None:
         """Returns when the service accepts generations. See `AsyncClient.wait_ready`."""

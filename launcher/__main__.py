@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("generate", help="continue a text, on the terminal", add_help=False)
     commands.add_parser("demo", help="start `up` with the demo model, stream a few texts, show figures", add_help=False)
     commands.add_parser("checkpoint", help="look into a checkpoint, convert its tokenizer", add_help=False)
+    commands.add_parser("experts", help="who holds which experts; move them while requests run", add_help=False)
     return parser
 
 
@@ -97,6 +98,17 @@ def _checkpoint(argv: Sequence[str]) -> int:
     return inspect(namespace.directory, namespace.variant)
 
 
+def _experts(argv: Sequence[str]) -> int:
+    from launcher.experts import EPILOG, add_arguments, experts
+
+    text = "Shows who holds which experts, and moves them between expert workers while requests run."
+    parser = argparse.ArgumentParser(
+        "grokmoe experts", description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    return experts(parser.parse_args(argv))
+
+
 def _parse(command: str, text: str, settings: type, argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         f"grokmoe {command}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,7 +123,14 @@ def _loop_run(coroutine: object) -> int:
     return uvloop.run(coroutine) or 0  # type: ignore[arg-type]
 
 
-COMMANDS = {"serve": _serve, "up": _up, "generate": _generate, "demo": _demo, "checkpoint": _checkpoint}
+COMMANDS = {
+    "serve": _serve,
+    "up": _up,
+    "generate": _generate,
+    "demo": _demo,
+    "checkpoint": _checkpoint,
+    "experts": _experts,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from grokmoe.settings import setting
 from router.admission import AdmissionSettings
 from router.engine import EngineSettings
 from router.experts import ExpertPoolSettings
+from router.rebalancing import RebalanceSettings
 from router.step import SchedulerSettings
 from router.transport.worker_access import WorkerAccessSettings
 
@@ -62,12 +63,17 @@ class RouterSettings(WorkerAccessSettings, LimitSettings):
     join_timeout: float = setting(600.0, "seconds that workers have to be reachable at start")
     replica_wait: float = setting(30.0, "seconds a step without a deadline waits for an expert that nobody holds")
     hedge_quantile: float = setting(0.0, "ask a second holder when a call takes longer than this quantile; 0: never")
+    rebalance: str = setting("off", "move experts between workers by itself, to even out their load", ("off", "auto"))
+    rebalance_interval: float = setting(60.0, "seconds between two looks at the balance")
+    rebalance_threshold: float = setting(1.2, "load of the busiest expert worker over the mean that is put up with")
+    rebalance_horizon: float = setting(1800.0, "seconds for which the load of late is taken to last")
     max_migrations: int = setting(5, "times a request may lose its attention worker before it ends with UNAVAILABLE")
     check_interval: float = setting(60.0, "seconds between two checks of all books while idle; 0: never")
 
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ConfigError(f"threads is {self.threads}, must be at least 1")
+        self.pool_settings()  # complains of what cannot be
 
     def engine_settings(self, context_length: int) -> EngineSettings:
         """The limits as the engine takes them. Raises ConfigError for values that cannot be."""
@@ -91,7 +97,15 @@ class RouterSettings(WorkerAccessSettings, LimitSettings):
 
     def pool_settings(self) -> ExpertPoolSettings:
         """The limits of expert calls."""
-        return ExpertPoolSettings(replica_wait=self.replica_wait, hedge_quantile=self.hedge_quantile)
+        rebalance = RebalanceSettings(
+            is_automatic=self.rebalance == "auto",
+            interval=self.rebalance_interval,
+            threshold=self.rebalance_threshold,
+            horizon=self.rebalance_horizon,
+        )
+        return ExpertPoolSettings(
+            replica_wait=self.replica_wait, hedge_quantile=self.hedge_quantile, rebalance=rebalance
+        )
 
 
 def read_placement(path: str) -> dict[int, list[int]] | None:

@@ -1,15 +1,16 @@
-"""grokmoe.v1.Control: the cluster's state, and ending requests of others."""
+"""grokmoe.v1.Control: the cluster's state, ending requests of others, moving experts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from grokmoe.access import Scope
-from grokmoe.errors import InvalidRequest
+from grokmoe.errors import FailedPrecondition, InvalidRequest
 from grokmoe.server import Service, unary
 from grokmoe.v1 import control_pb2 as pb
 from router import status
 from router.engine import Engine
+from router.experts import ExpertPool
 
 SERVICE = "grokmoe.v1.Control"
 
@@ -27,6 +28,10 @@ class ControlService:
             {
                 "GetStatus": unary(self.GetStatus, pb.GetStatusRequest, pb.GetStatusResponse),
                 "Abort": unary(self.Abort, pb.AbortRequest, pb.AbortResponse),
+                "MoveExperts": unary(self.MoveExperts, pb.MoveExpertsRequest, pb.MoveExpertsResponse),
+                "RebalanceExperts": unary(
+                    self.RebalanceExperts, pb.RebalanceExpertsRequest, pb.RebalanceExpertsResponse
+                ),
             },
             scope=Scope.CONTROL,
         )
@@ -40,3 +45,33 @@ class ControlService:
         if not request.request_ids:
             raise InvalidRequest("request_ids", "is empty")
         return pb.AbortResponse(aborted_ids=[id_ for id_ in request.request_ids if self._engine.abort(id_)])
+
+    async def MoveExperts(self, request: pb.MoveExpertsRequest, context: Any) -> pb.MoveExpertsResponse:
+        """Moves, copies or drops experts."""
+        pool = self._pool()
+        experts = [(each.expert, each.layer_begin, each.layer_end) for each in request.experts]
+        cost = await pool.moves.make(experts, getattr(request, "from"), request.to)
+        return pb.MoveExpertsResponse(
+            loaded_bytes=cost.loaded_bytes,
+            load_seconds=cost.load_seconds,
+            drain_seconds=cost.drain_seconds,
+            placement_version=pool.placement_version,
+        )
+
+    async def RebalanceExperts(self, request: pb.RebalanceExpertsRequest, context: Any) -> pb.RebalanceExpertsResponse:
+        """Plans moves for balance, and makes them if they are worth it."""
+        found = await self._pool().rebalancer.rebalance(request.dry_run, request.force)
+        return pb.RebalanceExpertsResponse(
+            moves=[status.move(each.experts, each.source, each.target) for each in found.moves],
+            imbalance=found.imbalance,
+            forecast_imbalance=found.forecast,
+            gain_seconds=found.gain_seconds,
+            cost_seconds=found.cost_seconds,
+            done=found.done,
+            reason=found.reason,
+        )
+
+    def _pool(self) -> ExpertPool:
+        if self._engine.pool is None:
+            raise FailedPrecondition("the experts are in this process: there is nowhere to move them")
+        return self._engine.pool

@@ -1,11 +1,17 @@
-"""The engine's state as the messages of GetModel and GetStatus."""
+"""The engine's state as the messages of GetModel and Control."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
 
 from grokmoe.model_config import ModelConfig
 from grokmoe.v1 import control_pb2 as pb
 from grokmoe.v1 import generation_pb2
+from grokmoe.v1.expert_pb2 import ExpertRange
 from router.engine import Engine
+from router.experts import ExpertMember, ExpertPool, Phase
+from router.placement import ExpertLayers, pairs_of, ranges_of
 from router.transport.local import LOCAL
 from router.worker_state import WorkerState
 
@@ -74,13 +80,42 @@ def _add_experts(engine: Engine, answer: pb.GetStatusResponse) -> None:
         for expert in all_experts:
             answer.placement.add(expert=expert, workers=[0], rows=rows[expert])
         return
-    for member in engine.pool.members:
+    pool = engine.pool
+    pool.rebalancer.look()
+    traffic = pool.rebalancer.traffic
+    for member in pool.members:
         worker = answer.workers.add(
             role=pb.WORKER_ROLE_EXPERT, index=member.index, address=member.link.address, state=_STATE[member.state]
         )
         if member.info is not None:
             worker.incarnation, worker.device = member.info.incarnation, member.info.device
-            worker.experts.extend(sorted({expert for expert, _, _ in member.info.experts}))
-    if engine.pool.placement is not None:
-        for expert, workers in enumerate(engine.pool.placement.holders[0]):
+            worker.experts.extend(sorted({expert for expert, _, _ in member.held}))
+            worker.held.extend(ranges(member.held))
+            worker.loading.extend(ranges(_loading(pool, member)))
+            worker.rows_per_second = traffic.rows_per_second(member)
+    if pool.placement is not None:
+        for expert, workers in enumerate(pool.placement.holders[0]):
             answer.placement.add(expert=expert, workers=workers, rows=rows[expert])
+    answer.placement_version = pool.placement_version
+    answer.imbalance = traffic.imbalance()
+    for each in pool.moves.under_way:
+        source = each.source.link.address if each.source else ""
+        target = each.target.link.address if each.target else ""
+        answer.moves.append(move(each.experts, source, target, each.phase))
+
+
+def _loading(pool: ExpertPool, member: ExpertMember) -> Iterable[ExpertLayers]:
+    """What we have it load, and what it said that others have it load."""
+    assert member.info is not None
+    ours = [each.experts for each in pool.moves.under_way if each.target is member and each.phase is Phase.LOADING]
+    return ranges_of(pairs_of([*member.info.loading, *itertools.chain(*ours)]) - pairs_of(member.held))
+
+
+def ranges(experts: Iterable[ExpertLayers]) -> list[ExpertRange]:
+    """Experts and their layers as messages."""
+    return [ExpertRange(expert=expert, layer_begin=begin, layer_end=end) for expert, begin, end in experts]
+
+
+def move(experts: Iterable[ExpertLayers], source: str, target: str, phase: str = "") -> pb.ExpertMove:
+    """A move as a message. `from` is a word of Python, so it cannot be named like the others."""
+    return pb.ExpertMove(experts=ranges(experts), to=target, phase=phase, **{"from": source})

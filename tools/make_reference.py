@@ -50,6 +50,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "WorkerRole",
         "WorkerState",
         "ExpertPlacement",
+        "ExpertRange",
+        "ExpertMove",
+        "MoveCost",
+        "Rebalance",
         "LegLatency",
     ),
     "Errors": (

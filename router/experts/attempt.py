@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from grokmoe.errors import DeadlineExceeded, GrokmoeError, InternalError, Reason, Unavailable
+from grokmoe.errors import DeadlineExceeded, FailedPrecondition, GrokmoeError, InternalError, Reason, Unavailable
 from router.dispatch import Shard
 from router.experts.answers import check_answer
 from router.experts.counters import Cause
@@ -25,7 +25,10 @@ from router.worker_state import WorkerEvent
 
 
 class AttemptFailed(Exception):
-    """A worker gave no answer that can be used; it is out of use. `error`: why, in the worker's words."""
+    """A worker gave no answer that can be used; it is out of use, unless it only has the experts no more.
+
+    error: why, in the worker's words.
+    """
 
     def __init__(self, cause: Cause, error: GrokmoeError) -> None:
         super().__init__(error.message)
@@ -72,7 +75,7 @@ class Attempts:
 
         timer = loop.call_later(patience, reconsider) if patience < longest else None
         members.counters.calls += 1
-        member.begin(num_rows)
+        number = member.begin(layer, num_rows)
         try:
             async with scope:
                 reply = await member.link.forward(lane, layer, shard.expert_ids, shard.counts, rows_ND, longest)
@@ -94,6 +97,11 @@ class Attempts:
         except Unavailable as error:
             cause = Cause.DRAINING if error.reason is Reason.SHUTTING_DOWN else Cause.LOST
             raise self._failed(member, cause, error) from error
+        except FailedPrecondition as error:
+            if error.reason is not Reason.EXPERT_NOT_HELD:
+                raise
+            members.note_missing(member, layer, shard.expert_ids)
+            raise AttemptFailed(Cause.NOT_HELD, error) from error
         except CorruptReply as error:
             members.counters.corrupt += 1
             raise self._failed(member, Cause.CORRUPT, error) from error
@@ -103,10 +111,11 @@ class Attempts:
             if timer is not None:
                 timer.cancel()
             self._overdue.discard(reconsider)
-            member.end(num_rows)
+            member.end(number, num_rows)
             members.note_idle(member)
         member.latency.add(ahead, time.monotonic() - begin)
         member.report(num_rows, reply)
+        members.note_revision(member, reply.revision)
         return reply
 
     def _failed(self, member: ExpertMember, cause: Cause, error: GrokmoeError) -> AttemptFailed:

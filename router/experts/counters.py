@@ -19,6 +19,7 @@ class Cause(enum.StrEnum):
     CORRUPT = "corrupt"
     INTERNAL = "internal"
     DRAINING = "draining"
+    NOT_HELD = "not_held"
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
 import time
@@ -11,14 +12,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from grokmoe.channel import TIMEOUTS
-from grokmoe.errors import Reason, Unavailable
+from grokmoe.errors import ConfigError, FailedPrecondition, Reason, Unavailable
 from grokmoe.model_config import ModelConfig
 from router.discovery import Changes
 from router.experts.counters import ExpertCounters
 from router.experts.fitness import check_fits, check_rows
 from router.experts.member import ExpertMember
 from router.experts.settings import ExpertPoolSettings
-from router.placement import NOBODY, Placement
+from router.placement import NOBODY, Pair, Placement, ranges_of
 from router.probing import Prober
 from router.transport.base import ExpertLink
 from router.worker_state import WorkerEvent, WorkerState
@@ -48,14 +49,18 @@ class ExpertMembers:
         self.counters = ExpertCounters()
         self.members: list[ExpertMember] = []
         self.placement: Placement | None = None
+        self.placement_version = 0
         self.on_change: list[Callable[[], None]] = []
-        self._config, self._dtype, self._preferred = config, dtype, preferred
+        self.config = config
+        self._dtype, self._preferred = dtype, dict(preferred or {})
         self._by_index: dict[int, ExpertMember] = {}
         self._num_ever = 0
         self._max_step_tokens = 0
         self._changed = asyncio.Event()
         self._random = random.Random(0)
+        self._turns = [0] * config.num_layers
         self._leaving: set[asyncio.Task[None]] = set()
+        self._asking: dict[ExpertMember, asyncio.Task[None]] = {}
         for link in links:
             self._enlist(link)
 
@@ -83,7 +88,7 @@ class ExpertMembers:
         except (Unavailable, TimeoutError):
             member.note(WorkerEvent.FAILED)
             raise
-        check_fits(self._config, self._dtype, self._max_step_tokens, member.name, info)
+        check_fits(self.config, self._dtype, self._max_step_tokens, member.name, info)
         if info.is_draining:
             member.note(WorkerEvent.DRAINS)
             raise Unavailable(f"{member.name} is about to end", reason=Reason.SHUTTING_DOWN)
@@ -95,16 +100,44 @@ class ExpertMembers:
         self._max_step_tokens = max_step_tokens
         for member in self.members:
             if member.info is not None:
-                check_rows(self._config, max_step_tokens, member.name, member.info)
+                check_rows(self.config, max_step_tokens, member.name, member.info)
+
+    def check_can_hold(self, member: ExpertMember, pairs: Collection[Pair]) -> None:
+        """Raises FailedPrecondition when a step could send it more rows than it takes, if it held these."""
+        assert member.info is not None
+        try:
+            info = dataclasses.replace(member.info, experts=ranges_of(pairs))
+            check_rows(self.config, self._max_step_tokens, member.name, info)
+        except ConfigError as error:
+            raise FailedPrecondition(error.message) from error
 
     def place(self) -> None:
         """Makes the table from what all connected workers hold. ConfigError when an expert has no holder."""
         self._place(is_strict=True)
 
     def _place(self, is_strict: bool = False) -> None:
-        held = {member.index: member.info.experts for member in self.members if member.info and not member.is_removed}
-        config = self._config
-        self.placement = Placement.build(config.num_layers, config.num_experts, held, self._preferred, is_strict)
+        held = {member.index: member.held for member in self.members if member.info and not member.is_removed}
+        config = self.config
+        placement = Placement.build(config.num_layers, config.num_experts, held, self._preferred, is_strict)
+        if placement != self.placement:
+            self.placement = placement
+            self.placement_version += 1
+
+    def place_anew(self) -> None:
+        """Makes the table again after something about a member has changed, and tells everyone."""
+        if self.placement is not None:
+            self._place()
+        self._tell()
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether a table from outside says who is used."""
+        return bool(self._preferred)
+
+    def forget_preferences(self, experts: Collection[int]) -> None:
+        """A newer word than the table from outside has come for these experts: from now on every holder is used."""
+        for expert in experts:
+            self._preferred.pop(expert, None)
 
     def add(self, link: ExpertLink) -> ExpertMember:
         """A worker more, used as soon as it has described itself and fits."""
@@ -121,12 +154,10 @@ class ExpertMembers:
         member.note(WorkerEvent.DRAINS)
         if member.prober is not None:
             member.prober.stop()
-        if self.placement is not None:
-            self._place()
         task = asyncio.ensure_future(self._retire(member))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
-        self._tell()
+        self.place_anew()
 
     def follow(self, change: Changes, make_link: Callable[[str], ExpertLink]) -> None:
         """Does what a discovery has found: adds and removes workers by address."""
@@ -156,9 +187,61 @@ class ExpertMembers:
         self._tell()
 
     def _back(self, member: ExpertMember) -> None:
-        if self.placement is not None:
-            self._place()  # it may hold other experts now
-        self._tell()
+        self.place_anew()  # it may hold other experts now
+
+    async def describe_again(self, member: ExpertMember) -> None:
+        """Asks a worker in use what it holds by now, and makes the table anew.
+
+        Raises Unavailable when it does not answer or is not in use any more, ConfigError when it does not fit any more.
+        """
+        try:
+            info = await asyncio.wait_for(member.link.describe(), TIMEOUTS.connect)
+        except TimeoutError:
+            raise Unavailable(f"{member.name} does not say what it holds") from None
+        check_fits(self.config, self._dtype, self._max_step_tokens, member.name, info)
+        if info.is_draining:
+            self.lose(member, WorkerEvent.DRAINS, "it is about to end")
+        if not member.is_usable:  # its prober describes it
+            raise Unavailable(f"{member.name} is {member.state.value}", reason=Reason.WORKER_UNAVAILABLE)
+        known = member.info
+        if known is None or known.incarnation != info.incarnation or known.revision <= info.revision:
+            member.adopt(info)
+        self.place_anew()
+
+    def note_revision(self, member: ExpertMember, revision: int) -> None:
+        """An answer says which revision of its experts the worker has; a newer one than ours is asked for."""
+        if member.info is not None and revision > member.info.revision:
+            self._ask_again(member)
+
+    def note_missing(self, member: ExpertMember, layer: int, expert_ids: Sequence[int]) -> None:
+        """A worker has given up one of these experts, and nobody knows which. It stays in use for what else it holds.
+
+        Those that somebody else holds go there until it is described again; if that is none of them, all have to wait
+        until everybody is described again: the table is wrong about who holds the one that is missing.
+        """
+        assert self.placement is not None
+        usable = {each.index for each in self.members if each.is_usable and each is not member}
+        elsewhere = [each for each in expert_ids if usable.intersection(self.placement.holders[layer][each])]
+        member.missing.update((layer, expert) for expert in elsewhere or expert_ids)
+        for each in [member] if elsewhere else [each for each in self.members if each.is_usable]:
+            self._ask_again(each)
+        self.place_anew()
+
+    def _ask_again(self, member: ExpertMember) -> None:
+        """In the background, once at a time."""
+        if member in self._asking:
+            return
+
+        async def ask() -> None:
+            try:
+                await self.describe_again(member)
+            except (Unavailable, ConfigError) as error:
+                # Nobody knows what it holds: only its prober can bring it back.
+                self.lose(member, WorkerEvent.FAILED, f"it does not say what it holds: {error}")
+            finally:
+                del self._asking[member]
+
+        self._asking[member] = asyncio.ensure_future(ask())
 
     def note_idle(self, member: ExpertMember) -> None:
         """The last call of a worker is over."""
@@ -187,7 +270,8 @@ class ExpertMembers:
         load = {member.index: member.load for member in self.members if member.is_usable}
         for index in without:
             load.pop(index, None)
-        return self.placement.choose(layer, load, self._random.random)
+        self._turns[layer] += 1
+        return self.placement.choose(layer, load, self._random.random, self._turns[layer] - 1)
 
     def has_holders(self, layer: int, expert_ids: Sequence[int], without: Collection[int]) -> bool:
         """Whether somebody else than `without` is ready to compute each of these experts."""
@@ -214,7 +298,8 @@ class ExpertMembers:
         for member in self.members:
             if member.prober is not None:
                 member.prober.stop()
-        for task in self._leaving:
+        tasks = [*self._leaving, *self._asking.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(member.link.close() for member in self.members))

@@ -22,6 +22,8 @@ from router.experts.counters import Cause
 from router.experts.hedging import hedge_after, hedged, second_holder
 from router.experts.member import ExpertMember
 from router.experts.members import ExpertMembers, ExpertsUnavailable
+from router.experts.moves import Moves
+from router.experts.rebalancer import Rebalancer
 from router.experts.settings import ExpertPoolSettings
 from router.legs import Legs
 from router.transport.base import ExpertLink, ExpertReply
@@ -76,6 +78,14 @@ class ExpertPool(ExpertMembers):
         """See ExpertMembers."""
         super().__init__(config, dtype, links, preferred, settings)
         self._attempts = Attempts(self)
+        self.moves = Moves(self)
+        self.rebalancer = Rebalancer(self, self.moves)
+
+    async def close(self) -> None:
+        """Ends moves, probes and links."""
+        await self.rebalancer.close()
+        await self.moves.close()
+        await super().close()
 
     async def forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from router.probing import ProbeSettings
+from router.rebalancing import RebalanceSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,13 @@ class ExpertPoolSettings:
     """Most hedged calls, as a share of all: when everything is slow, twice the work makes it slower."""
     check_finite: bool = True
     """Look for NaN and infinity in every answer. Costs one sum over it."""
+
+    load_timeout: float = 1800.0
+    """How long a worker may take to load what a move brings: 77 GB, an expert of Grok-1, from a disk of 50 MB/s."""
+    unload_patience: float = 60.0
+    """How long a worker that is away is waited for, to have it give up what was moved from it."""
+    rebalance: RebalanceSettings = dataclasses.field(default_factory=RebalanceSettings)
+    """When experts are moved for balance."""
 
     @property
     def probe(self) -> ProbeSettings:

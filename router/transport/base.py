@@ -6,6 +6,7 @@ Letters: T tokens, N rows, D hidden.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -35,7 +36,11 @@ class AttentionInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertInfo:
-    """What an expert worker says of itself."""
+    """What an expert worker says of itself.
+
+    revision: grows whenever `experts` changes. expert_bytes: what one expert of one layer takes. capacity: most of
+    them it can hold; 0: as many as its memory takes.
+    """
 
     config_hash: str
     incarnation: str
@@ -44,15 +49,32 @@ class ExpertInfo:
     max_rows: int
     device: str
     is_draining: bool = False
+    revision: int = 0
+    loading: tuple[ExpertLayers, ...] = ()
+    expert_bytes: int = 0
+    capacity: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExpertReply:
-    """rows_ND: one output row per input row. Times in seconds: waiting in the worker, and computing there."""
+    """rows_ND: one output row per input row. Times in seconds: waiting in the worker, and computing there.
+
+    revision: see ExpertInfo. batch_rows: rows that were computed together, ours included; 0: not said.
+    """
 
     rows_ND: torch.Tensor
     queue: float
     compute: float
+    revision: int = 0
+    batch_rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """What loading experts cost: bytes of weights, and seconds in the worker."""
+
+    num_bytes: int
+    seconds: float
 
 
 class CorruptReply(InternalError):
@@ -122,8 +144,20 @@ class ExpertLink(Protocol):
         timeout: seconds after which the worker need not begin any more, because nobody waits for the answer. Waiting
         no longer is the caller's part; a call that is cancelled leaves the others alone, and its answer is discarded.
         Raises Unavailable when the worker is lost or about to end, DeadlineExceeded when it had no time to begin,
-        CorruptReply when its answer contradicts itself, InvalidRequest when it refuses the request.
+        CorruptReply when its answer contradicts itself, FailedPrecondition with EXPERT_NOT_HELD when it has given one
+        of the experts up, InvalidRequest when it refuses the request.
         """
+
+    async def load(self, config_hash: str, experts: Sequence[ExpertLayers], timeout: float) -> Loaded:
+        """Has the worker load experts from its own checkpoint, and waits until they can be called.
+
+        timeout: seconds. A call that is given up has loaded nothing.
+        Raises Unavailable when the worker is lost, DeadlineExceeded, ResourceExhausted with NO_ROOM, and what else it
+        refuses with.
+        """
+
+    async def unload(self, config_hash: str, experts: Sequence[ExpertLayers]) -> None:
+        """Has the worker give experts up; what it does not hold is no error. Raises Unavailable when it is lost."""
 
     def reset(self, lane: int) -> None:
         """Abandons all that is under way on a lane, and what the worker still owes: those calls are Unavailable."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import grpc
 import torch
 
 from grokmoe import tensors
+from grokmoe.channel import TIMEOUTS
 from grokmoe.errors import GrokmoeError, InvalidRequest, Unavailable
-from grokmoe.status import from_failure
+from grokmoe.status import from_failure, from_rpc_error
 from grokmoe.v1 import expert_pb2
-from router.transport.base import CorruptReply, ExpertInfo, ExpertReply
+from router.placement import ExpertLayers
+from router.transport.base import CorruptReply, ExpertInfo, ExpertReply, Loaded
 from router.transport.grpc_stream import ANY_ROWS, Stream, describe
 from router.transport.worker_access import PLAIN, WorkerAccess, WorkerChannel
 
@@ -130,6 +134,10 @@ class GrpcExpertLink:
             max_rows=reply.max_rows,
             device=reply.device,
             is_draining=reply.draining,
+            revision=reply.revision,
+            loading=tuple((held.expert, held.layer_begin, held.layer_end) for held in reply.loading),
+            expert_bytes=reply.expert_bytes,
+            capacity=reply.capacity,
         )
 
     async def forward(
@@ -153,7 +161,24 @@ class GrpcExpertLink:
             raise from_failure(header.failure)
         if out_ND is None or out_ND.shape != rows_ND.shape or out_ND.dtype != rows_ND.dtype:
             raise CorruptReply("the expert worker's answer does not have the shape of the request")
-        return ExpertReply(out_ND, header.queue_ns / 1e9, header.compute_ns / 1e9)
+        return ExpertReply(out_ND, header.queue_ns / 1e9, header.compute_ns / 1e9, header.revision, header.batch_rows)
+
+    async def load(self, config_hash: str, experts: Sequence[ExpertLayers], timeout: float) -> Loaded:
+        """See ExpertLink."""
+        request = expert_pb2.ExpertLoadRequest(config_hash=config_hash, experts=_messages(experts))
+        reply = await self._ask("Load", request, expert_pb2.ExpertLoadResponse, timeout)
+        return Loaded(reply.loaded_bytes, reply.load_ns / 1e9)
+
+    async def unload(self, config_hash: str, experts: Sequence[ExpertLayers]) -> None:
+        """See ExpertLink."""
+        request = expert_pb2.ExpertUnloadRequest(config_hash=config_hash, experts=_messages(experts))
+        await self._ask("Unload", request, expert_pb2.ExpertUnloadResponse, TIMEOUTS.describe)
+
+    async def _ask(self, method: str, request: Any, response: Any, timeout: float) -> Any:
+        try:
+            return await self._channel.unary(f"/{SERVICE}/{method}", request, response, timeout)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
 
     def reset(self, lane: int) -> None:
         """See ExpertLink."""
@@ -166,3 +191,7 @@ class GrpcExpertLink:
         for stream in self._lanes.values():
             stream.cancel()
         await self._channel.close(None)
+
+
+def _messages(experts: Iterable[ExpertLayers]) -> list[expert_pb2.ExpertRange]:
+    return [expert_pb2.ExpertRange(expert=expert, layer_begin=begin, layer_end=end) for expert, begin, end in experts]

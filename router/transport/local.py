@@ -6,8 +6,9 @@ Roles never import one another, so the attention engine is known here by its sha
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from grokmoe.device_thread import DeviceThread
 from grokmoe.step_plan import StepPlan, StepResult
 from router.legs import Legs
-from router.transport.base import AttentionInfo, ExpertInfo, ExpertReply, Hole
+from router.placement import ExpertLayers, Pair, pairs_of, ranges_of
+from router.transport.base import AttentionInfo, ExpertInfo, ExpertReply, Hole, Loaded
 
 LOCAL = "local"
 
@@ -124,6 +126,18 @@ class LocalExpertLink:
             return ExpertReply(out_ND, begin - asked, time.perf_counter() - begin)
 
         return await self._device.run(compute)
+
+    async def load(self, config_hash: str, experts: Sequence[ExpertLayers], timeout: float) -> Loaded:
+        """See ExpertLink. Only what it says of itself changes: the function knows all experts."""
+        self._hold(pairs_of(self._info.experts) | pairs_of(experts))
+        return Loaded(0, 0.0)
+
+    async def unload(self, config_hash: str, experts: Sequence[ExpertLayers]) -> None:
+        """See ExpertLink."""
+        self._hold(pairs_of(self._info.experts) - pairs_of(experts))
+
+    def _hold(self, pairs: set[Pair]) -> None:
+        self._info = dataclasses.replace(self._info, experts=ranges_of(pairs), revision=self._info.revision + 1)
 
     def reset(self, lane: int) -> None:
         """See ExpertLink. A lane keeps nothing here."""

@@ -18,7 +18,8 @@ from tests.router.tiny import attention_link
 class Fault(enum.Enum):
     """DIE: computed, but the answer is lost, and the worker starts anew. DROP: the connection breaks, the worker lives.
     LEASED: another router has the pages. HANG: no answer until it is cut off. DRAIN: refuses, being about to end, and
-    starts anew. BUG: a link that raises what no link may. NAN: a chunk is not finite.
+    starts anew. BUG: a link that raises what no link may. NAN: a chunk is not finite, and
+    its token nonsense.
     """
 
     DIE = "die"
@@ -93,8 +94,11 @@ class FaultyAttention:
         if link is not self._link:
             raise Unavailable("died")
         if fault is Fault.NAN:
-            nonsense = (7,) * len(result.token_ids)
-            return dataclasses.replace(result, token_ids=nonsense, faulty_chunks=(number % len(plan.chunks),))
+            place = number % len(plan.chunks)
+            drawn = iter(result.token_ids)
+            tokens = [(each, next(drawn)) for each, chunk in enumerate(plan.chunks) if chunk.sampling is not None]
+            token_ids = tuple(7 if each == place else token_id for each, token_id in tokens)
+            return dataclasses.replace(result, token_ids=token_ids, faulty_chunks=(place,))
         return result
 
     async def close(self) -> None:

@@ -106,11 +106,11 @@ class TestMember:
         now = 100.0
         member = ExpertMember(0, ExpertDouble([0]), lambda: now)
         assert member.load == 0
-        member.begin(4)
+        call = member.begin(0, 4)
         rows_ND = torch.zeros(4, 2)
         member.report(4, ExpertReply(rows_ND, queue=0.025, compute=0.01))
         assert member.load == 4 + 2 * 4
-        member.end(4)
+        member.end(call, 4)
         now += QUEUE_MEMORY
         assert member.load == 0
         member.report(4, ExpertReply(rows_ND, queue=1.0, compute=0.0))

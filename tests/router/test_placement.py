@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from grokmoe.errors import ConfigError
-from router.placement import NOBODY, Placement, spread
+from router.placement import NOBODY, Placement, pairs_of, ranges_of, spread
 
 
 @given(st.integers(1, 20), st.integers(1, 24), st.integers(1, 5))
@@ -95,6 +96,13 @@ class TestChoose:
         for draw in (0.0, 0.99):
             assert self.THREE.choose(0, {0: 7, 1: 7, 2: 7}, lambda draw=draw: draw) == [0, 1, 2, 0, 1, 2]  # type: ignore[misc]
 
+    def test_replicas_take_turns(self) -> None:
+        load = {0: 0, 1: 0, 2: 0}
+        assert self.PLACEMENT.choose(0, load, lambda: 0.0, turn=1) == [1, 0, 1, 2]
+        turns = [self.THREE.choose(0, load, lambda: 0.0, turn) for turn in range(3)]
+        assert [sorted(column) for column in zip(*turns, strict=True)] == [[0, 1, 2]] * 6
+        assert self.PLACEMENT.choose(0, {0: 5, 1: 4, 2: 0}, lambda: 0.0, turn=1) == [1, 1, 1, 2], "load comes first"
+
     def test_of_two_the_least_loaded_is_used(self) -> None:
         assert self.PLACEMENT.choose(0, {0: 5, 1: 4, 2: 0}, lambda: 0.0) == [1, 1, 1, 2]
         assert self.PLACEMENT.choose(0, {0: 5, 1: 5, 2: 99}, lambda: 0.0) == [0, 1, 0, 2]
@@ -125,3 +133,17 @@ class TestChoose:
     def test_only_ready_workers_are_used(self) -> None:
         assert self.PLACEMENT.choose(0, {1: 1000}, lambda: 0.0) == [1, 1, 1, NOBODY]
         assert self.PLACEMENT.choose(0, {}, lambda: 0.0) == [NOBODY] * 4
+
+
+class TestRanges:
+    @given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 4))))
+    def test_ranges_name_exactly_the_pairs(self, pairs: set[tuple[int, int]]) -> None:
+        ranges = ranges_of(pairs)
+        assert pairs_of(ranges) == pairs
+        assert list(ranges) == sorted(ranges)
+        for (expert, _, end), (other, begin, _) in itertools.pairwise(ranges):
+            assert expert != other or end < begin, "as few as can be"
+
+    def test_the_order_is_by_expert_and_layer(self) -> None:
+        assert ranges_of({(0, 1), (1, 1), (0, 0), (3, 1)}) == ((0, 0, 1), (1, 0, 2), (1, 3, 4))
+        assert ranges_of([]) == ()

@@ -26,7 +26,7 @@ from grokmoe.errors import (
     Unavailable,
 )
 from grokmoe.status import to_status
-from grokmoe.v1 import control_pb2, control_pb2_grpc, generation_pb2_grpc
+from grokmoe.v1 import control_pb2, control_pb2_grpc, expert_pb2, generation_pb2_grpc
 from grokmoe.v1 import generation_pb2 as pb
 
 SERVICE = "grokmoe.v1.Generation"
@@ -49,6 +49,9 @@ MODEL = pb.GetModelResponse(
     dtype="float32",
     bos_token_id=1,
 )
+MOVE = control_pb2.ExpertMove(
+    experts=[expert_pb2.ExpertRange(expert=1, layer_end=1)], to="e:1", phase="loading", **{"from": "e:0"}
+)
 STATUS = control_pb2.GetStatusResponse(
     workers=[
         control_pb2.Worker(
@@ -67,6 +70,12 @@ STATUS = control_pb2.GetStatusResponse(
             address="e:1",
             state=control_pb2.WORKER_STATE_SUSPECT,
             experts=[0, 1],
+            held=[
+                expert_pb2.ExpertRange(expert=0, layer_end=2),
+                expert_pb2.ExpertRange(expert=1, layer_begin=1, layer_end=2),
+            ],
+            loading=[expert_pb2.ExpertRange(expert=1, layer_end=1)],
+            rows_per_second=12.5,
         ),
         control_pb2.Worker(role=77, state=78),  # from a newer server
     ],
@@ -76,6 +85,9 @@ STATUS = control_pb2.GetStatusResponse(
     steps=3,
     preemptions=4,
     legs=[control_pb2.LegLatency(leg="wire", total_seconds=0.5, count=6)],
+    placement_version=7,
+    imbalance=1.5,
+    moves=[MOVE],
 )
 ERRORS: dict[str, GrokmoeError] = {
     "invalid": InvalidRequest("sampling.top_p", "1.5 is not in (0, 1]"),
@@ -254,6 +266,28 @@ class FakeGeneration(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Co
     async def Abort(self, request: control_pb2.AbortRequest, context: Any) -> control_pb2.AbortResponse:
         await self._begin(request, context)
         return control_pb2.AbortResponse(aborted_ids=[id_ for id_ in request.request_ids if id_.startswith("alive")])
+
+    async def MoveExperts(
+        self, request: control_pb2.MoveExpertsRequest, context: Any
+    ) -> control_pb2.MoveExpertsResponse:
+        await self._begin(request, context)
+        return control_pb2.MoveExpertsResponse(
+            loaded_bytes=1000, load_seconds=1.5, drain_seconds=0.25, placement_version=8
+        )
+
+    async def RebalanceExperts(
+        self, request: control_pb2.RebalanceExpertsRequest, context: Any
+    ) -> control_pb2.RebalanceExpertsResponse:
+        await self._begin(request, context)
+        return control_pb2.RebalanceExpertsResponse(
+            moves=[MOVE],
+            imbalance=2.0,
+            forecast_imbalance=1.0,
+            gain_seconds=30.0,
+            cost_seconds=4.0,
+            done=request.force,
+            reason="" if request.force else "not asked to",
+        )
 
 
 def piece_of(text: str, index: int) -> str:

@@ -1,4 +1,4 @@
-"""Which expert workers hold which experts, and which of them a call uses. Pure tables."""
+"""Who holds what, and which of them a call uses."""
 
 from __future__ import annotations
 
@@ -6,35 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from grokmoe.errors import ConfigError
-
-ExpertLayers = tuple[int, int, int]
-"""(expert, first layer, one past the last layer)."""
+from router.placement.ranges import ExpertLayers
 
 NOBODY = -1
 """The worker of an expert that no ready worker holds."""
-
-
-def spread(num_experts: int, num_workers: int, num_replicas: int = 1) -> tuple[tuple[int, ...], ...]:
-    """Places every expert on `num_replicas` of the workers, as evenly as can be.
-
-    Returns the experts of each worker, ascending. Neighbouring experts share a worker, and each further replica is
-    on the next worker (chained declustering): the load of a lost worker falls on several others.
-    Raises ConfigError when there are more replicas than workers, or workers that would hold nothing.
-    """
-    if num_workers < 1 or num_replicas < 1:
-        raise ConfigError(f"experts need at least one worker and one replica, not {num_workers} and {num_replicas}")
-    if num_replicas > num_workers:
-        raise ConfigError(f"{num_replicas} replicas of an expert need as many workers, there are {num_workers}")
-    if num_workers > num_experts * num_replicas:
-        raise ConfigError(
-            f"{num_workers} workers for {num_experts} experts x {num_replicas} replicas: some would hold nothing"
-        )
-    held: list[set[int]] = [set() for _ in range(num_workers)]
-    for expert in range(num_experts):
-        first = expert * num_workers // num_experts
-        for replica in range(num_replicas):
-            held[(first + replica) % num_workers].add(expert)
-    return tuple(tuple(sorted(experts)) for experts in held)
 
 
 def check_held(num_layers: int, num_experts: int, name: str, held: Sequence[ExpertLayers]) -> None:
@@ -91,15 +66,16 @@ class Placement:
                     raise ConfigError(f"no expert worker holds expert {expert} in layer {layer}")
         return cls(tuple(tuple(tuple(workers) for workers in row) for row in table))
 
-    def choose(self, layer: int, load: Mapping[int, int], draw: Callable[[], float]) -> list[int]:
+    def choose(self, layer: int, load: Mapping[int, int], draw: Callable[[], float], turn: int = 0) -> list[int]:
         """Chooses one worker per expert for a call, NOBODY where none is ready.
 
         load: of the ready workers, the rows each has still to compute.
         draw: a random number from 0 to below 1.
+        turn: grows by one from call to call of a layer.
 
         Power of two choices: the holder whose turn it is and one drawn from the others, of these the one with less
-        load. The turn goes by expert number, so that replicas share the experts of an idle cluster; two, because
-        callers who all take the least loaded one overload it together.
+        load. The turn goes by expert and call, so that replicas share the experts of a call and the calls for an
+        expert; two, because callers who all take the least loaded one overload it together.
         """
         chosen: list[int] = []
         for expert, workers in enumerate(self.holders[layer]):
@@ -107,10 +83,10 @@ class Placement:
             if not ready:
                 chosen.append(NOBODY)
                 continue
-            turn = expert % len(ready)
-            best = ready[turn]
+            first = (expert + turn) % len(ready)
+            best = ready[first]
             if len(ready) > 1:
-                other = ready[(turn + 1 + int(draw() * (len(ready) - 1))) % len(ready)]
+                other = ready[(first + 1 + int(draw() * (len(ready) - 1))) % len(ready)]
                 best = other if load[other] < load[best] else best
             chosen.append(best)
         return chosen
