@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import queue
 import threading
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+EXIT_TIMEOUT = 10.0
+"""Seconds that the task under way has to end when the process does; what it computes is for nobody any more."""
 
 
 class DeviceThread:
@@ -22,11 +26,21 @@ class DeviceThread:
     def __init__(self, name: str = "device") -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._is_ending = False
+        # A thread that comes back from torch when the interpreter is gone is unwound through frames that may not be,
+        # and the whole process aborts. Not a thread that is no daemon: the process would wait for it before this runs.
+        atexit.register(self._end)
         self._thread.start()
 
     def _loop(self) -> None:
-        while (task := self._tasks.get()) is not None:
+        while (task := self._tasks.get()) is not None and not self._is_ending:
             task()
+
+    def _end(self) -> None:
+        """At the end of the process: lets the task under way finish and drops the others."""
+        self._is_ending = True
+        self._tasks.put(None)
+        self._thread.join(EXIT_TIMEOUT)
 
     @property
     def num_waiting(self) -> int:
@@ -83,5 +97,6 @@ class DeviceThread:
 
     def stop(self) -> None:
         """Ends the thread after the work handed over so far."""
+        atexit.unregister(self._end)
         self._tasks.put(None)
         self._thread.join()

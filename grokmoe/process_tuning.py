@@ -1,4 +1,4 @@
-"""What a computing process sets before it loads torch: how long threads spin."""
+"""What a computing process sets before it loads torch: how long threads spin, and how much oneDNN remembers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ something else runs. This count spins for some ten microseconds, then sleeps, an
 (docs/log.md)."""
 
 
+KEPT_PRIMITIVES = "256"
+"""oneDNN builds a kernel for every number of rows that a product meets, about a millisecond and half a MiB each, and
+keeps 1024 of them in each of two caches. Decode steps come back to a few hundred; prompts of all lengths would fill a
+process with a GiB of kernels that are hardly used again (docs/log.md)."""
+
+
 def tune_process() -> None:
     """Applies it, unless the user has chosen otherwise in the environment."""
+    os.environ.setdefault("LRU_CACHE_CAPACITY", KEPT_PRIMITIVES)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_PRIMITIVES)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)

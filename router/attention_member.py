@@ -18,6 +18,7 @@ from grokmoe.errors import ConfigError, GrokmoeError, Reason, Unavailable
 from grokmoe.model_config import ModelConfig
 from router.probing import Prober, ProbeSettings
 from router.step_deadline import StepDeadlineSettings
+from router.step_pace import StepPaceSettings
 from router.transport.base import AttentionInfo, AttentionLink
 from router.worker_state import WorkerEvent, WorkerState, after
 
@@ -38,7 +39,12 @@ class CellSettings:
     pause of this process."""
     restart_pause: float = 0.1
     """After a bug that ended a lane, so that one that comes back at once does not take the whole process."""
+    alive_within: float = 0.15
+    """A worker that has not answered a step in time, and answers a question so soon, has not hung: it is slow."""
+    max_moves: int = 3
+    """Times a sequence leaves a worker because it is slow. One that is always found on the slow side stays."""
     deadline: StepDeadlineSettings = dataclasses.field(default_factory=StepDeadlineSettings)
+    pace: StepPaceSettings = dataclasses.field(default_factory=StepPaceSettings)
     probe: ProbeSettings = dataclasses.field(default_factory=ProbeSettings)
 
 

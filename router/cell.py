@@ -5,8 +5,10 @@ What happens to its sequences, whatever happens to it:
     lost      those in a step count a migration; all are recomputed elsewhere, or here when it is back
     drains    steps in flight end first, then all are recomputed elsewhere; nothing is counted
     hangs     the same as lost, if there is an elsewhere; else it is waited for
+    is slow   as many as have room elsewhere are recomputed there; nothing is counted
     a bug     the requests of the step end with INTERNAL, the lane goes on
-    NaN       the sequence is recomputed once, elsewhere if it can be; after that its request ends with INTERNAL
+    NaN       the sequence is recomputed once, elsewhere if it can be; after that its request ends with INTERNAL, and at
+              once if it was the experts that had no finite answer; the others of the step go on
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -32,7 +35,9 @@ from router.plan_writer import read_extras, write_plan
 from router.scheduler import Scheduler
 from router.sequence import Request, Sequence
 from router.step import SchedulerSettings, Step
-from router.step_deadline import StepDeadline, work_of
+from router.step_deadline import StepDeadline
+from router.step_pace import Pace, StepPace
+from router.step_times import StepTimes, work_of
 from router.step_watch import StepAbandoned, StepHung, StepWatch
 from router.transport.base import AttentionInfo, AttentionLink, Hole, StepNotBegun
 from router.worker_state import WorkerEvent, WorkerState
@@ -41,6 +46,14 @@ logger = logging.getLogger(__name__)
 
 MAX_FAULTS = 1
 """Times that a sequence may come out as something that is not finite and be recomputed."""
+
+
+@runtime_checkable
+class ReportsFaults(Protocol):
+    """A hole that knows of rows for which the experts have no finite answer: it gave NaN for them."""
+
+    faulty_rows: Collection[int]
+    """Tokens of the step, by their place in it."""
 
 
 MakeHole = Callable[[int, Legs, float | None], Hole]
@@ -65,8 +78,8 @@ class CellHooks:
     """The request of a sequence, if it is alive, ends with an error."""
     sequences_of: Callable[[AttentionCell], list[Sequence]]
     """All that the engine believes to be in a cell."""
-    has_other: Callable[[AttentionCell], bool]
-    """Whether another cell is in use."""
+    others: Callable[[AttentionCell], list[AttentionCell]]
+    """The other cells that are in use."""
     changed: Callable[[AttentionCell], None]
     """The state of a cell is another one."""
 
@@ -90,8 +103,10 @@ class AttentionCell(AttentionMember):
         self.scheduler: Scheduler
         self._settings, self._hooks = settings, hooks
         self._deadline = StepDeadline(self.care.deadline)
-        self._was_hung = False
+        self.pace = StepPace(self.care.pace)
+        self._inquest: asyncio.Task[None] | None = None
         self._is_lost = True
+        self._victims: list[Sequence] = []
         self._flights: dict[Step, StepWatch] = {}
         self._work = asyncio.Event()
         self._ready = asyncio.Event()
@@ -126,6 +141,28 @@ class AttentionCell(AttentionMember):
     def load(self) -> int:
         """Sequences here, running and waiting."""
         return 0 if self.info is None else self.scheduler.num_running + self.scheduler.num_waiting
+
+    @property
+    def room(self) -> int:
+        """Sequences more that would take part in its steps at once; 0 while there are not enough pages for those that
+        are here."""
+        if self.info is None or (self.scheduler.is_short and self.scheduler.num_waiting):
+            return 0
+        return max(0, self.scheduler.settings.max_running - self.load)
+
+    @property
+    def times(self) -> StepTimes:
+        """What its answers took."""
+        return self._deadline.times
+
+    @property
+    def reluctance(self) -> int:
+        """How bad a place it is for one sequence more: 0, it has room, and is not slow, or on trial and idle; 1, it has
+        room, and is on trial; 2, it is slow or full."""
+        pace = self.pace.pace
+        if not self.room or pace is Pace.SLOW:
+            return 2
+        return int(pace is Pace.TRIAL and self.load > 0)
 
     def drain(self) -> None:
         """The worker is about to end: no further step begins, and when those in flight have ended, the sequences leave
@@ -163,9 +200,10 @@ class AttentionCell(AttentionMember):
 
     async def close(self) -> None:
         """Ends the lanes and the link."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._inquest] if self._inquest else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.leave()
 
     def check_books(self) -> None:
@@ -209,7 +247,8 @@ class AttentionCell(AttentionMember):
             result = await watch.run(lambda hole: self.link.step(lane, plan, hole, legs), hole)
             self._check_tokens(step, result)
         except StepAbandoned:
-            self.counters.abandoned_steps += scheduler.fail(step)
+            is_wanted = not all(chunk.sequence.is_over for chunk in step.chunks)
+            self.counters.abandoned_steps += scheduler.fail(step) and not is_wanted
         except ExpertsUnavailable as error:
             self._fail_requests(scheduler, step, error)
         except (Unavailable, FailedPrecondition) as error:
@@ -224,13 +263,15 @@ class AttentionCell(AttentionMember):
             logger.exception("step failed")
             self._fail_requests(scheduler, step, InternalError(f"a step failed: {type(error).__name__}: {error}"))
         else:
-            if result.faulty_chunks:
-                self._take_faulty(scheduler, info, step, result.faulty_chunks)
+            by_experts = _faulty_places(step, hole)
+            if faulty := {*result.faulty_chunks, *by_experts}:
+                self._take_faulty(scheduler, info, step, plan, result, faulty, by_experts)
             else:
                 self._deliver(scheduler, step, plan, result)
-                self._hooks.step_done(self, step, time.perf_counter() - begin, legs)
+            self._hooks.step_done(self, step, time.perf_counter() - begin, legs)
         self._flights.pop(step, None)
         self._hand_over()
+        self._give_way()
 
     def _check_tokens(self, step: Step, result: StepResult) -> None:
         """Raises Unavailable for a result that no sound worker gives."""
@@ -252,17 +293,56 @@ class AttentionCell(AttentionMember):
             # Lanes share the worker's device: an answer may have to wait for another step's.
             return sum(map(work_of, self._flights)) or work_of(step)
 
-        return StepWatch(
-            lambda: self._deadline.allowance(work()) if self._has_other() else None,
-            lambda seconds: self._deadline.observe(work(), seconds),
-        )
+        def allowance() -> float | None:
+            others = self._hooks.others(self)
+            if not others:
+                return None
+            is_lenient = not self._better_ones()
+            return self._deadline.allowance(work(), [other.times for other in others], is_lenient)
 
-    def _deliver(self, scheduler: Scheduler, step: Step, plan: StepPlan, result: StepResult) -> None:
+        def observe(seconds: float) -> None:
+            done = work()
+            self._deadline.observe(done, seconds)
+            peers = [other.times for other in self._better_ones() if other.times.is_known(done)]
+            known = [usual for times in peers if (usual := times.usual(done)) is not None]
+            if self.pace.observe(seconds, min(known, default=None)):
+                self._became_slow()
+
+        return StepWatch(allowance, observe)
+
+    def _became_slow(self) -> None:
+        logger.warning("%s is slow beside the others", self.name)
+        if self._room_elsewhere():
+            for watch in self._flights.values():  # the rest of a step may take as long again
+                watch.abandon()
+
+    def _better_ones(self) -> list[AttentionCell]:
+        """The other cells in use of which it is not known that they are slow."""
+        return [other for other in self._hooks.others(self) if other.pace.pace is not Pace.SLOW]
+
+    def _room_elsewhere(self) -> int:
+        return sum(other.room for other in self._better_ones())
+
+    def _give_way(self) -> None:
+        """Lets as many sequences leave a slow worker as have room with better ones."""
+        if self.state is not WorkerState.READY or self.pace.pace is not Pace.SLOW:
+            return
+        most = self.care.max_moves
+        leaving = self.scheduler.give_up(self._room_elsewhere(), lambda sequence: sequence.num_moves < most)
+        for sequence in leaving:
+            sequence.num_moves += 1
+        self.counters.moves += len(leaving)
+        self._hooks.rehome(self, leaving)
+
+    def _deliver(
+        self, scheduler: Scheduler, step: Step, plan: StepPlan, result: StepResult, faulty: Collection[int] = ()
+    ) -> None:
         logprobs = {}
+        unusable = {step.chunks[place] for place in faulty}
         for extra in read_extras(step, plan, result):
             sequence = extra.chunk.sequence
             generation = self._hooks.generation_of(sequence)
-            if generation is None:
+            if generation is None or extra.chunk in unusable:
                 continue
             if extra.logits is not None:
                 generation.put_logits(extra.chunk.start, extra.logits)
@@ -270,7 +350,7 @@ class AttentionCell(AttentionMember):
                 generation.put_prompt_logprobs(extra.chunk.start, extra.prompt_logprobs)
             if extra.logprobs is not None:
                 logprobs[sequence] = extra.logprobs
-        for drawn in scheduler.complete(step, result.token_ids):
+        for drawn in scheduler.complete(step, result.token_ids, faulty):
             generation = self._hooks.generation_of(drawn.sequence)
             if generation is not None:
                 generation.put(drawn, logprobs.get(drawn.sequence))
@@ -283,19 +363,35 @@ class AttentionCell(AttentionMember):
             for chunk in step.chunks:
                 self._hooks.failed(chunk.sequence, error)
 
-    def _take_faulty(self, scheduler: Scheduler, info: AttentionInfo, step: Step, places: tuple[int, ...]) -> None:
-        """Some chunks are not finite. Nothing of the step is used: pages that it filled must not become known."""
-        faulty = [step.chunks[place].sequence for place in places]
+    def _take_faulty(
+        self,
+        scheduler: Scheduler,
+        info: AttentionInfo,
+        step: Step,
+        plan: StepPlan,
+        result: StepResult,
+        faulty: Collection[int],
+        by_experts: Collection[int],
+    ) -> None:
+        """Some chunks are not finite. The others are used; pages that these have filled must not become known."""
         self._flights.pop(step, None)
-        if not scheduler.fail(step):
+        if not scheduler.is_in_flight(step):
             return
+        self._deliver(scheduler, step, plan, result, faulty)
         self.counters.faulty_chunks += len(faulty)
-        for sequence in faulty:
+        is_blamed = False
+        for place in faulty:
+            sequence = step.chunks[place].sequence
             sequence.num_faults += 1
-            if sequence.num_faults > MAX_FAULTS:
+            if place in by_experts:
+                message = "no expert worker has a finite answer for this request"
+                self._hooks.failed(sequence, InternalError(message))
+            elif sequence.num_faults > MAX_FAULTS:
                 message = f"what {self.name} computed for this request is not finite, and was not elsewhere before"
                 self._hooks.failed(sequence, InternalError(message))
-        if self._has_other() and any(sequence.num_faults <= MAX_FAULTS for sequence in faulty):
+            else:
+                is_blamed = True
+        if is_blamed and self._has_other():
             self._lose(info, Unavailable("it has computed something that is not finite"))
 
     def _recover(self, step: Step | None, error: Exception) -> None:
@@ -329,7 +425,7 @@ class AttentionCell(AttentionMember):
             self._hooks.failed(sequence, failure)
 
     def _has_other(self) -> bool:
-        return self._hooks.has_other(self)
+        return bool(self._hooks.others(self))
 
     def _adopt(self, info: AttentionInfo) -> None:
         """Starts anew with empty pages; sequences that waited for the worker's return go on waiting for a step."""
@@ -338,11 +434,13 @@ class AttentionCell(AttentionMember):
         settings = dataclasses.replace(self._settings, max_step_tokens=limit)
         self.scheduler = Scheduler(settings, PageLedger(info.num_pages, info.page_size))
         if self.info is None or info.incarnation != self.info.incarnation:
-            self._deadline = StepDeadline(self.care.deadline)
-        elif self._was_hung:
-            self._deadline.forgive()
+            self._deadline, self.pace = StepDeadline(self.care.deadline), StepPace(self.care.pace)
+        else:
+            for sequence in self._victims:  # it lives, so none of them has killed it
+                sequence.num_acquitted += 1
+        self._victims.clear()
         self._end_flights()
-        self.info, self._was_hung, self._is_lost = info, False, False
+        self.info, self._is_lost = info, False
         self._enter(WorkerEvent.ANSWERED)
         self._hooks.rehome(self, waiting)
         self._hooks.changed(self)
@@ -357,17 +455,33 @@ class AttentionCell(AttentionMember):
         logger.warning("%s is lost: %s", self.name, error.message)
         self.counters.losses += 1
         self.counters.hangs += is_hung
-        self._was_hung = is_hung
         self._ready.clear()
         self._enter(WorkerEvent.FAILED)
-        for step in self._flights:
-            for chunk in step.chunks:
-                chunk.sequence.num_migrations += 1
-            self.counters.migrations += sum(not chunk.sequence.is_over for chunk in step.chunks)
+        chunks = [chunk for step in self._flights for chunk in step.chunks]
+        self._victims = [chunk.sequence for chunk in chunks if not chunk.sequence.is_over]
+        for sequence in self._victims:
+            sequence.num_migrations += 1
+        self.counters.migrations += len(self._victims)
+        if is_hung and self._victims:
+            self._inquest = asyncio.create_task(self._find_out(self._victims), name=f"is {self.name} alive")
         self._end_flights()
         self._hooks.rehome(self, self.scheduler.drain_all())
         self._hooks.changed(self)
         self.seek()
+
+    async def _find_out(self, victims: list[Sequence]) -> None:
+        """Whether a worker that was given up has hung, or is slow: then its sequences count nothing, and it gets no
+        work that others can do for a while."""
+        try:
+            async with asyncio.timeout(self.care.alive_within):
+                await self.link.describe()
+        except (GrokmoeError, TimeoutError):
+            return
+        logger.warning("%s is alive, but slow", self.name)
+        self.pace.alarm()
+        for sequence in victims:
+            sequence.num_migrations -= 1
+        victims.clear()
 
     def _doubt(self, info: AttentionInfo, error: GrokmoeError) -> None:
         if not self.scheduler.num_in_flight:
@@ -388,3 +502,12 @@ class AttentionCell(AttentionMember):
             leaving = self.scheduler.drain_all()
             self.counters.moves += len(leaving)
             self._hooks.rehome(self, leaving)
+
+
+def _faulty_places(step: Step, hole: Hole) -> set[int]:
+    """The chunks with a token for which the experts have no finite answer."""
+    rows = hole.faulty_rows if isinstance(hole, ReportsFaults) else ()
+    if not rows:
+        return set()
+    owners = [place for place, chunk in enumerate(step.chunks) for _ in chunk.token_ids]
+    return {owners[row] for row in rows}

@@ -113,7 +113,7 @@ class Engine:
             ended=self._forget,
             failed=self._fail,
             sequences_of=lambda cell: [sequence for sequence, its in self._cell_of.items() if its is cell],
-            has_other=lambda cell: any(other is not cell for other in self._usable_cells()),
+            others=lambda cell: [other for other in self._usable_cells() if other is not cell],
             changed=self._cell_changed,
         )
         scheduler, care = self.settings.scheduler, self.settings.care
@@ -137,6 +137,7 @@ class Engine:
         if self.pool is not None:
             self.pool.place()
             self.pool.check_rows(max(cell.scheduler.settings.max_step_tokens for cell in self.cells))
+            self.pool.rebalancer.start(self.counter.rows_LE)
         for cell in self.cells:
             cell.start()
         if self.settings.check_interval:
@@ -316,7 +317,8 @@ class Engine:
         usable = self._usable_cells() or ready or [cell for cell in joined if cell not in self._leaving] or joined
         if not usable:
             raise Unavailable("no attention worker has joined yet", reason=Reason.WORKER_UNAVAILABLE)
-        return min(usable, key=lambda cell: cell.load)
+        # Who is slow is used only if nobody else has room.
+        return min(usable, key=lambda cell: (cell.reluctance, cell.load))
 
     def _rehome(self, lost: AttentionCell, sequences: list[Sequence_]) -> None:
         failed: list[tuple[Sequence_, GrokmoeError]] = []

@@ -12,7 +12,7 @@ class FaultCounters:
     losses: times a worker was lost while in use.
     hangs: of these, because it took too long.
     migrations: sequences that were in a step on a worker when it was lost, and are computed again.
-    moves: sequences that left a worker that drains.
+    moves: sequences that left a worker that drains or is slow.
     migration_limits: requests ended because they had lost their worker too often.
     faulty_chunks: chunks that came out as something that is not finite.
     abandoned_steps: steps cut off because nobody wanted them any more.

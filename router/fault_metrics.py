@@ -17,7 +17,7 @@ _ATTENTION = {
     "losses": "Times an attention worker was lost while in use.",
     "hangs": "Of these, because it took too long.",
     "migrations": "Sequences recomputed because their attention worker was lost in the middle of a step.",
-    "moves": "Sequences that left an attention worker that drains.",
+    "moves": "Sequences that left an attention worker that drains or is slow.",
     "migration_limits": "Requests ended because they had lost their attention worker too often.",
     "faulty_chunks": "Chunks that an attention worker computed as something that is not finite.",
     "abandoned_steps": "Steps cut off because nobody wanted them any more.",

@@ -16,6 +16,7 @@ from grokmoe.model_config import ModelConfig
 from grokmoe.server import Service
 from grokmoe.telemetry import RouterMetrics
 from grokmoe.tokenizer import Tokenizer
+from router import row_loops
 from router.cell import MakeHole
 from router.config import RouterSettings, read_placement
 from router.control import ControlService
@@ -62,6 +63,7 @@ def build_engine(
 ) -> Engine:
     """Puts an engine together. experts: a function for experts in this process, otherwise links."""
     config, counter = model.config, RowCounter(model.config)
+    row_loops.compile_all(model.dtype)
     pool = None
     make_hole: MakeHole
     if callable(experts):

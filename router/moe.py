@@ -5,12 +5,15 @@ Letters: T tokens, D hidden, E experts, N rows.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from grokmoe.device_thread import DeviceThread
+from grokmoe.errors import InternalError
 from grokmoe.model_config import ModelConfig
 from router import dispatch
 from router.experts import ExpertPool
@@ -21,20 +24,24 @@ INLINE_ELEMENTS = 64 * 1024
 """MoE inputs up to this many elements are gated and combined on the event loop, larger ones on the compute thread:
 below it a hand-over to another thread and back costs more than the work itself."""
 
+MAX_PARTS = 32
+"""Parts into which rows without an answer are split at a time, to find the ones at fault: a step of decodes is split
+into single rows at once. Every round costs as much as workers that failed take to be back in use."""
+
 LocalExperts = Callable[[int, tuple[int, ...], tuple[int, ...], torch.Tensor], torch.Tensor]
 """(layer, expert_ids, counts, rows_ND) -> rows_ND, on the caller's thread."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """The router's only weights: one matrix per layer, float32, [D, E]."""
+    """The router's only weights: one matrix per layer, float32, [E, D]."""
 
     per_layer: tuple[torch.Tensor, ...]
 
     @classmethod
     def from_weights(cls, weights: Sequence[torch.Tensor]) -> Gates:
         """weights: per layer the checkpoint's [E, D]."""
-        return cls(tuple(weight.float().t().contiguous() for weight in weights))
+        return cls(tuple(weight.float().contiguous() for weight in weights))
 
 
 class RowCounter:
@@ -74,13 +81,29 @@ class RemoteMoe:
         """deadline: when nobody waits for the step any more, monotonic; None: the pool's own limits."""
         self._config, self._gates, self._pool, self._deadline = config, gates, pool, deadline
         self._counter, self._compute, self._lane, self._legs = counter, compute, lane, legs
+        self.faulty_rows: set[int] = set()
 
     async def fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """MoE input -> MoE output. Raises ExpertsUnavailable when an expert that a row needs has no replica left.
 
-        Workers are chosen before the gate says which experts are needed: that is one hand-over to the compute thread
-        and not two. An expert without a worker costs nothing unless rows turn out to be for it.
+        Rows for which the experts have no finite answer, wherever they are asked, come out as NaN and are kept in
+        `faulty_rows`; the experts do not see them in later layers. InternalError when there is no other row.
         """
+        if self.faulty_rows:
+            x_TD = x_TD.index_fill(0, torch.tensor(sorted(self.faulty_rows)), 0.0)
+        try:
+            out_TD = await self._fill(layer, x_TD)
+        except InternalError as error:
+            out_TD = await self._fill_in_parts(layer, x_TD)
+            if len(self.faulty_rows) == len(x_TD):
+                raise error
+        if self.faulty_rows:
+            out_TD = out_TD.index_fill(0, torch.tensor(sorted(self.faulty_rows)), torch.nan)
+        return out_TD
+
+    async def _fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """Workers are chosen before the gate says which experts are needed: that is one hand-over to the compute thread
+        and not two. An expert without a worker costs nothing unless rows turn out to be for it."""
         workers = self._pool.choose(layer)
         inline = x_TD.numel() <= INLINE_ELEMENTS
         if inline:
@@ -92,6 +115,32 @@ class RemoteMoe:
         if inline:
             return self._combine(plan, out_ND)
         return await self._compute.run(self._combine, plan, out_ND)
+
+    async def _fill_in_parts(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """Finds the rows at fault, which `_fill` has failed for: the same rows again, in ever smaller parts at a time.
+        What is computed for a row does not depend on the others."""
+        out_TD = torch.zeros_like(x_TD)
+        suspects = [range(len(x_TD))]
+        while suspects:
+            parts = [
+                part[begin : begin + size]
+                for part in suspects
+                if (size := math.ceil(len(part) / MAX_PARTS))
+                for begin in range(0, len(part), size)
+            ]
+            tries = (self._fill(layer, x_TD[part.start : part.stop]) for part in parts)
+            outcomes = await asyncio.gather(*tries, return_exceptions=True)
+            suspects = []
+            for part, outcome in zip(parts, outcomes, strict=True):
+                if isinstance(outcome, torch.Tensor):
+                    out_TD[part.start : part.stop] = outcome
+                elif not isinstance(outcome, InternalError):
+                    raise outcome
+                elif len(part) > 1:
+                    suspects.append(part)
+                else:
+                    self.faulty_rows.add(part.start)
+        return out_TD
 
     def fill_now(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Never: the experts are elsewhere."""

@@ -6,6 +6,10 @@ The engine's loop per lane is three statements: `step = scheduler.schedule()`, r
 A step is filled in this order, within its budget of tokens: decodes, then prefills begun earlier, then admissions;
 within each the oldest first. A sequence gets pages for all its tokens at admission, so only a decode can find no
 page; then the youngest sequence gives up its pages and is recomputed later. Nothing here waits or sends.
+
+A sequence that has lost its worker several times may be what kills workers. It is computed in steps of its own, with
+nothing else in flight, in turn with the steps of all others, until it has drawn a token: if it is the one, nobody else
+is counted among its victims again.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable, Container
 from collections.abc import Sequence as Listed
 
 from grokmoe.errors import InvalidRequest, Reason
@@ -40,6 +45,11 @@ class Scheduler:
         self._running = SequenceQueue()
         self._in_flight: dict[Step, None] = {}
         self._promised: dict[bytes, Sequence] = {}  # hash of a page under way -> who computes it
+        self.is_short = False
+        """Whether the last sequence that was to be admitted found no pages."""
+        self._has_suspects = False
+        self._was_alone = False  # the last step was a suspect's: the next one is for the others
+        self._is_suspect_short = False  # a suspect waits for pages
         self.num_preemptions = 0
         self.prefix_queries_tokens = 0
         self.prefix_hits_tokens = 0
@@ -94,6 +104,7 @@ class Scheduler:
         assert sequence.state is SequenceState.WAITING, sequence
         self.check_fits(sequence.request)
         self._waiting.add(sequence)
+        self._has_suspects |= sequence.is_suspect
 
     def cancel(self, sequence: Sequence) -> None:
         """Forgets a sequence, if it is not over. Its pages come free now, or when its step in flight ends."""
@@ -106,10 +117,32 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step. None: no lane is free, or nothing can be done until a step ends or a request comes."""
-        if len(self._in_flight) >= self.settings.num_lanes:
+        if len(self._in_flight) >= self.settings.num_lanes or any(map(_is_alone, self._in_flight)):
             return None
+        if self._has_suspects:
+            self._has_suspects = any(each.is_suspect for each in itertools.chain(self._running, self._waiting))
+        if not self._has_suspects:
+            return self._begin(self._fill(None))
+        if self._was_alone and (chunks := self._fill_beside_suspects()):
+            self._was_alone = False
+            return self._begin(chunks)
+        if self._in_flight:  # a suspect's turn comes when nobody else can be hurt
+            return None
+        chunks = self._fill_alone()
+        self._was_alone = bool(chunks)
+        return self._begin(chunks or self._fill_beside_suspects())
+
+    def _begin(self, chunks: list[Chunk]) -> Step | None:
+        if not chunks:
+            return None
+        step = Step(tuple(chunks))
+        self._in_flight[step] = None
+        return step
+
+    def _fill(self, is_suspect: bool | None, admits: bool = True) -> list[Chunk]:
+        """Chunks of a step. is_suspect: of which sequences; None: there are no suspects."""
         budget = self.settings.max_step_tokens
-        ready = [sequence for sequence in self._running if not sequence.in_flight]
+        ready = [each for each in self._running if not each.in_flight and is_suspect in (None, each.is_suspect)]
         decodes = [sequence for sequence in ready if sequence.num_to_compute == 1]
         prefills = [sequence for sequence in ready if sequence.num_to_compute > 1]
         num_preemptions = self.num_preemptions
@@ -123,18 +156,37 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].token_ids)
         # Who was just preempted must not come back in the same step to take the pages it gave up.
-        while budget and self.num_preemptions == num_preemptions and (admitted := self._admit_next()):
+        while (
+            admits and budget and self.num_preemptions == num_preemptions and (admitted := self._admit_next(is_suspect))
+        ):
             chunks.append(self._chunk(admitted, budget))
             budget -= len(chunks[-1].token_ids)
-        if not chunks:
-            return None
-        step = Step(tuple(chunks))
-        self._in_flight[step] = None
-        return step
+        return chunks
 
-    def complete(self, step: Step, token_ids: Listed[int]) -> list[Drawn]:
+    def _fill_beside_suspects(self) -> list[Chunk]:
+        """Chunks of those that nobody suspects. Nobody is admitted while a suspect that is older waits for pages: it
+        would wait for ever."""
+        is_passed = self._is_suspect_short and self._waiting.oldest.is_suspect
+        return self._fill(False, admits=not is_passed)
+
+    def _fill_alone(self) -> list[Chunk]:
+        """A chunk of the oldest suspect that can be computed now; empty: none can."""
+        num_preemptions = self.num_preemptions
+        self._is_suspect_short = False
+        for sequence in [each for each in self._running if each.is_suspect]:
+            is_running = sequence.state is SequenceState.RUNNING  # unless an older one has just taken its pages
+            if is_running and (sequence.num_to_compute > 1 or self._extend(sequence)):
+                return [self._chunk(sequence, self.settings.max_step_tokens)]
+        if self.num_preemptions == num_preemptions and (admitted := self._admit_next(True)):
+            return [self._chunk(admitted, self.settings.max_step_tokens)]
+        self._is_suspect_short = bool(self._waiting)
+        return []
+
+    def complete(self, step: Step, token_ids: Listed[int], faulty: Container[int] = ()) -> list[Drawn]:
         """Takes in what a step computed: `token_ids` holds one token per chunk that wants one, in their order.
 
+        faulty: places of chunks that came out as nothing that can be used: their sequences wait to be recomputed, and
+        no page that they filled becomes known.
         Returns what each sequence got, in the order of the chunks. A step from before `drain_all` is ignored.
         """
         if not self._take_back(step):
@@ -142,16 +194,22 @@ class Scheduler:
         assert len(token_ids) == sum(chunk.wants_token for chunk in step.chunks), "tokens and chunks differ"
         tokens = iter(token_ids)
         results: list[Drawn] = []
-        for chunk in step.chunks:
+        is_alone = len(step.chunks) == 1
+        for place, chunk in enumerate(step.chunks):
             sequence = chunk.sequence
+            token_id = next(tokens) if chunk.wants_token else None
+            if place in faulty:
+                self._give_back(sequence)
+                continue
             sequence.num_computed = chunk.end
             self._publish(chunk)
-            token_id = next(tokens) if chunk.wants_token else None
             if sequence.is_over:
                 self._release(sequence)
                 continue
             if token_id is not None:
                 sequence.append(token_id)
+                if is_alone and sequence.is_suspect:
+                    sequence.acquit()
             elif sequence.num_to_compute:
                 continue
             reason = self._finish_reason(sequence)
@@ -172,11 +230,24 @@ class Scheduler:
         if not self._take_back(step):
             return False
         for chunk in step.chunks:
-            if chunk.sequence.is_over:
-                self._release(chunk.sequence)
-            else:
-                self._requeue(chunk.sequence)
+            self._give_back(chunk.sequence)
         return True
+
+    def give_up(self, most: int, may_leave: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Takes out up to `most` sequences that are in no step and may leave, oldest first and ready for another
+        worker. What this one has computed of them is forgotten."""
+        leaving = [each for each in self._running if not each.in_flight and may_leave(each)][:most]
+        for sequence in leaving:
+            self._requeue(sequence)
+        leaving += [each for each in self._waiting if each not in leaving and may_leave(each)][: most - len(leaving)]
+        for sequence in leaving:
+            self._waiting.remove(sequence)
+            sequence.page_hashes.clear()  # another worker's pages may have another size
+        return leaving
+
+    def is_in_flight(self, step: Step) -> bool:
+        """Whether the step is still waited for: not since `drain_all`."""
+        return step in self._in_flight
 
     def drain_all(self) -> list[Sequence]:
         """Gives up every sequence, oldest first and ready for another worker: this one is lost or starts anew.
@@ -268,15 +339,20 @@ class Scheduler:
         sequence.page_ids += tuple(page_ids)
         return True
 
-    def _admit_next(self) -> Sequence | None:
-        """Admits the oldest waiting sequence if there is room. Nobody overtakes it if there is none."""
+    def _admit_next(self, is_suspect: bool | None) -> Sequence | None:
+        """Admits the oldest waiting sequence if there is room. Nobody overtakes it if there is none.
+
+        is_suspect: only of these; None: there are no suspects.
+        """
         if len(self._running) >= self.settings.max_running:
             return None
-        for sequence in itertools.islice(self._waiting, ADMISSION_LOOKAHEAD):
+        waiting = (each for each in self._waiting if is_suspect in (None, each.is_suspect))
+        for sequence in itertools.islice(waiting, ADMISSION_LOOKAHEAD):
             shared = self._match_prefix(sequence)
             # Who waits for pages that are being computed now gets them for nothing, a step or two later.
             if not self._is_promised(sequence, len(shared)):
-                return sequence if self._admit(sequence, shared) else None
+                self.is_short = not self._admit(sequence, shared)
+                return None if self.is_short else sequence
         return None
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
@@ -339,6 +415,13 @@ class Scheduler:
             chunk.sequence.in_flight = False
         return True
 
+    def _give_back(self, sequence: Sequence) -> None:
+        """Of a step that is not used: its pages are, or it waits to be recomputed."""
+        if sequence.is_over:
+            self._release(sequence)
+        else:
+            self._requeue(sequence)
+
     def _requeue(self, sequence: Sequence) -> None:
         """Takes a running sequence's pages; it waits for recomputation, ahead of all that arrived later."""
         self._running.remove(sequence)
@@ -351,3 +434,8 @@ class Scheduler:
             if self._promised.get(page_hash) is sequence:
                 del self._promised[page_hash]
         self.ledger.release(sequence.drop_pages())
+
+
+def _is_alone(step: Step) -> bool:
+    """Whether nothing else may be in flight beside it."""
+    return len(step.chunks) == 1 and step.chunks[0].sequence.is_suspect

@@ -21,6 +21,10 @@ from grokmoe.errors import GrokmoeError, InternalError, InvalidRequest, Reason
 from grokmoe.step_plan import TokenSampling
 from router.fair_share import Place
 
+SUSPECT_AFTER = 2
+"""Lost workers after which a sequence may be what kills them: one may be anybody's bad luck. Well below the number of
+them that ends a request (EngineSettings.max_migrations), so that nobody innocent comes near it."""
+
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 64) - 1
 
@@ -139,6 +143,9 @@ class Sequence:
         num_admissions: times admitted; above 1 after preemption or loss.
         num_preemptions: times preempted for want of pages.
         num_migrations: times it was in a step on a worker that was lost.
+        num_acquitted: of these, times that it was found not to be what had killed the worker: the worker lived after
+            all, or the sequence has since drawn a token in a step of its own.
+        num_moves: times it left a worker for being slow.
         num_faults: times it came out as something that is not finite.
     """
 
@@ -152,11 +159,13 @@ class Sequence:
         "fixed_sampling",
         "in_flight",
         "index",
+        "num_acquitted",
         "num_admissions",
         "num_cached_tokens",
         "num_computed",
         "num_faults",
         "num_migrations",
+        "num_moves",
         "num_preemptions",
         "page_hashes",
         "page_ids",
@@ -196,6 +205,8 @@ class Sequence:
         self.num_admissions = 0
         self.num_preemptions = 0
         self.num_migrations = 0
+        self.num_acquitted = 0
+        self.num_moves = 0
         self.num_faults = 0
 
     def __repr__(self) -> str:
@@ -292,6 +303,15 @@ class Sequence:
         assert not self.in_flight, self
         page_ids, self.page_ids, self.num_computed = self.page_ids, (), 0
         return page_ids
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what kills workers: it is then computed in steps of its own until it has drawn a token."""
+        return self.num_migrations - self.num_acquitted >= SUSPECT_AFTER
+
+    def acquit(self) -> None:
+        """It has drawn a token in a step of its own, and the worker lives."""
+        self.num_acquitted = self.num_migrations
 
     @property
     def is_over(self) -> bool:

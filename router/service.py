@@ -23,6 +23,9 @@ from router.validation import Accepted, PromptReader, RequestReader
 
 SERVICE = "grokmoe.v1.Generation"
 
+QUEUED = frozenset({"Generate", "StreamGenerate", "Score"})
+"""Methods whose calls wait for a step."""
+
 
 def _label(reason: pb.FinishReason) -> str:
     return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
@@ -52,6 +55,7 @@ class GenerationService:
         compiler = None
         if tokenizer is not None:
             compiler = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
+        self._alive: dict[str, Generation] = {}
         self._prompts = PromptReader(config, tokenizer, refuses_control_symbols)
         self._requests = RequestReader(config, self._prompts, compiler)
 
@@ -69,7 +73,17 @@ class GenerationService:
                 "Detokenize": unary(self.Detokenize, pb.DetokenizeRequest, pb.DetokenizeResponse),
                 "GetModel": unary(self.GetModel, pb.GetModelRequest, pb.GetModelResponse),
             },
+            admit=self.admit,
         )
+
+    def admit(self, method: str) -> None:
+        """Refuses what would wait behind a full queue before it is read. Raises ResourceExhausted.
+
+        Who calls does not matter for that; the bounds that depend on caller and prompt are looked at later.
+        """
+        if method in QUEUED and self._engine.num_waiting >= self._engine.admission.settings.max_waiting:
+            with self._counted():
+                self._engine.check_room(NOBODY)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Collects the stream."""
@@ -147,13 +161,24 @@ class GenerationService:
                         self._engine.metrics.generated_tokens.inc(len(part.token_ids))
                         yield part
 
+    def abort(self, request_id: str, caller: str | None = None) -> bool:
+        """Ends a request by its id, see Engine.abort. caller: only if it is this one's; None: whosever it is."""
+        generation = self._alive.get(request_id)
+        if caller is not None and (generation is None or generation.call.caller != caller):
+            return False
+        return self._engine.abort(request_id)
+
     @contextlib.contextmanager
     def _submitted(self, accepted: Accepted, call: CallContext) -> Iterator[Generation]:
         """The request in the engine; out of it at the end, so that a cancelled call does not cost another step."""
         generation = self._engine.submit(accepted.request, call)
+        request_id = accepted.request.request_id
+        self._alive[request_id] = generation
         try:
             yield generation
         finally:
+            if self._alive.get(request_id) is generation:  # the engine may have given its id to another by now
+                del self._alive[request_id]
             self._engine.cancel(generation)
             self._observe(generation)
 

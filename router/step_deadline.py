@@ -1,102 +1,62 @@
 """How long an attention worker may take for its part of a layer before it counts as hung. Pure.
 
 A false alarm costs the computation of all its sequences, and the worker that takes them over would raise the next one,
-so the rule is generous: a multiple of nearly the longest time seen for as much work, never below a floor. It is used
-only where another worker could take over; one that is alone is waited for.
+so the rule is generous: a multiple of what nine of ten answers are below, never below a floor. It is used only where
+another worker could take over; one that is alone is waited for.
+
+What false alarms there are do not change the limit: a worker that hung once must not be allowed seconds for the rest
+of its life. A worker that raised one is avoided for a while (router/step_pace.py), and when there is no better one, all
+are given more time.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
+from collections.abc import Iterable
 
-from router.step import Step
-
-POSITION_WORK = 1024
-"""What the linear layers of one token cost, in positions that attention looks at. Between small models and Grok-1 it
-is right within a factor of ten, which is enough to tell a decode from a long prefill."""
-
-
-def work_of(step: Step) -> int:
-    """A measure of what a step costs an attention worker per layer."""
-    return sum(len(chunk.token_ids) * (POSITION_WORK + chunk.end) for chunk in step.chunks)
+from router.step_times import StepTimes
 
 
 @dataclasses.dataclass(frozen=True)
 class StepDeadlineSettings:
     """Named limits."""
 
-    quantile: float = 0.99
-    """Of the times seen lately."""
     factor: float = 8.0
-    """Times this."""
+    """Times what nine of ten answers are below."""
     floor: float = 0.4
     """Seconds. A busy machine of few cores pauses a process for some tenths of a second."""
+    first_floor: float = 2.0
+    """Seconds; the floor of a worker of which nothing is known: a process is slow at its first step."""
     ceiling: float = 60.0
-    """Seconds; also the limit before anything is known."""
-    window: int = 256
-    """Times remembered per class of work: a few steps of a deep model, and few enough to forget a bad day."""
-    min_samples: int = 16
-    """Times to know before a class counts."""
-    max_leniency: float = 16.0
-    """Each false alarm doubles the limit, up to this many times."""
-
-
-class _Window:
-    """The last times of one class of work, and their quantile, which is found anew every `min_samples` times."""
-
-    def __init__(self, settings: StepDeadlineSettings) -> None:
-        self._settings = settings
-        self._seconds: collections.deque[float] = collections.deque(maxlen=settings.window)
-        self._num_since = 0
-        self.quantile: float | None = None
-
-    def add(self, seconds: float) -> None:
-        self._seconds.append(seconds)
-        self._num_since += 1
-        if self._num_since >= self._settings.min_samples:
-            self._num_since = 0
-            ordered = sorted(self._seconds)
-            self.quantile = ordered[min(len(ordered) - 1, math.floor(self._settings.quantile * len(ordered)))]
+    """Seconds; also the limit before anything is known of any worker."""
+    peer_factor: float = 2.0
+    """What another worker takes, times this, is expected of a class that this worker has not been seen at."""
+    leniency: float = 8.0
+    """Times the limit, where every other worker is slow too: then it is the work, or the machine, and who is given up
+    now would be missed in a moment."""
 
 
 class StepDeadline:
-    """One worker's: learns from what it took, says what it may take. Work is classed by powers of two."""
+    """One worker's: learns from what it took, says what it may take."""
 
     def __init__(self, settings: StepDeadlineSettings | None = None) -> None:
         self._settings = settings or StepDeadlineSettings()
-        self._windows: dict[int, _Window] = {}
-        self._leniency = 1.0
+        self.times = StepTimes()
 
     def observe(self, work: int, seconds: float) -> None:
         """The worker took `seconds` for one layer of so much work."""
-        window = self._windows.get(work.bit_length())
-        if window is None:
-            window = self._windows[work.bit_length()] = _Window(self._settings)
-        window.add(seconds)
+        self.times.add(work, seconds)
 
-    def allowance(self, work: int) -> float:
-        """Seconds that the worker may take for one layer of so much work."""
+    def allowance(self, work: int, peers: Iterable[StepTimes] = (), is_lenient: bool = False) -> float:
+        """Seconds that the worker may take for one layer of so much work. peers: what other workers took."""
         limits = self._settings
-        usual = self._usual(work.bit_length())
-        if usual is None:
+        own = self.times.long(work)
+        theirs = min((long for peer in peers if (long := peer.long(work)) is not None), default=None)
+        if own is None and theirs is None:
             return limits.ceiling
-        return min(max(limits.factor * self._leniency * usual, limits.floor), limits.ceiling)
-
-    def forgive(self) -> None:
-        """It was a false alarm: the worker has not hung, it was slow."""
-        self._leniency = min(2 * self._leniency, self._settings.max_leniency)
-
-    def _usual(self, size: int) -> float | None:
-        """Nearly the longest time seen for work of a class; None: unknown. What is smaller is scaled up, since time
-        grows at most as the work does; what is larger is taken as it is."""
-        own = self._windows.get(size)
-        if own is not None and own.quantile is not None:
-            return own.quantile
-        known = [(each, window.quantile) for each, window in self._windows.items() if window.quantile is not None]
-        smaller = max((entry for entry in known if entry[0] < size), default=None)
-        if smaller is not None:
-            return float(smaller[1] * 2.0 ** (size - smaller[0]))
-        larger = min((entry for entry in known if entry[0] > size), default=None)
-        return None if larger is None else larger[1]
+        bounds = [] if own is None else [own]
+        if theirs is not None and not self.times.is_known(work):
+            bounds.append(limits.peer_factor * theirs)
+        floor = limits.first_floor if own is None else limits.floor
+        limit = max(limits.factor * min(bounds), floor)
+        return min(limit * limits.leniency if is_lenient else limit, limits.ceiling)

@@ -1,6 +1,6 @@
 """Does the service keep its promise when processes die, hang, lie and come back, under load?
 
-    python -m benchmarks.chaos --faults 50                  every kind and role: hours
+    python -m benchmarks.chaos --faults 50 --resume FILE    every kind and role; the same again goes on with it
     python -m benchmarks.chaos --faults 10 --kinds kill,hang --targets expert
     python -m benchmarks.chaos --soak 20                    faults of all kinds for so many minutes, then: what is held
 
@@ -10,7 +10,7 @@ compared with them, token by token. Faults come one at a time, so that a replica
 
 Columns: lost: streams that ended without all their tokens. changed: streams with another token. A stream that
 breaks because the router went away is taken up again by the SDK (`resume`) and is not lost. longest stall: the
-longest wait between two deltas of one stream, from the fault until half a second after the cluster was whole again.
+longest wait between two deltas of one stream, from the fault until 0.3 s after the cluster was whole again.
 first token: the longest wait for a first one, queue and prefill included. in use again: from the end of the fault (the
 process has been started again, goes on, is connected) until the router uses every worker. The row `none` is the same
 load undisturbed: what the machine itself does. The last line of the output is one JSON object.
@@ -26,6 +26,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -34,6 +35,7 @@ from benchmarks.chaos.cluster import ChaosCluster, ClusterPlan
 from benchmarks.chaos.faults import FAULTS, TARGETS, Setting, is_possible
 from benchmarks.chaos.load import Job, make_jobs, reference
 from benchmarks.chaos.network import Cables
+from benchmarks.chaos.record import Record
 from benchmarks.chaos.report import errors, holdings_table, markdown, rows, table
 from benchmarks.chaos.resources import Holding, holdings, used_pages
 from grokmoe import AsyncClient
@@ -55,6 +57,7 @@ class Options:
     calm: float
     soak: float
     is_markdown: bool
+    resume: Path | None
     plan: ClusterPlan
 
     def groups(self) -> dict[Setting, list[tuple[str, str]]]:
@@ -84,25 +87,32 @@ async def undisturbed(options: Options) -> Reference:
         return jobs, await reference(client, jobs)
 
 
-async def run_group(options: Options, known: Reference, needs: Setting, pairs: list[tuple[str, str]]) -> list[Effect]:
-    """`faults` of each pair, in random order, on one cluster."""
+async def run_group(
+    options: Options, known: Reference, needs: Setting, pairs: list[tuple[str, str]], record: Record
+) -> None:
+    """`faults` of each pair, less those that the record has, in random order, on one cluster."""
+    counts = record.counts()
+    todo = [pair for pair in pairs for _ in range(options.faults - counts[pair])]
+    if not todo:
+        return
     names = ", ".join(f"{kind} {target}" for kind, target in pairs)
     say(f"cluster for {names}")
-    todo = pairs * options.faults
-    random.Random(options.seed).shuffle(todo)
+    seed = options.seed + counts.total()  # what is gone on with is not to begin with the same faults
+    random.Random(seed).shuffle(todo)
     started: Campaign | None = None
     try:
-        async with campaign(plan_for(needs, options.plan), *known, options.concurrency, options.seed) as run:
+        async with campaign(plan_for(needs, options.plan), *known, options.concurrency, seed) as run:
             started = run
             await run.calm(options.calm)
             for number, (kind, target) in enumerate(todo, 1):
                 await inject(run, kind, target, f"{number}/{len(todo)}")
+                record.add(run.settled())
+            await run.load.finish()
     except StartupError as error:
         say(f"given up, a process does not start: {error.message}")
-    if started is None:
-        return []
-    tell_oddities(started)
-    return started.effects()
+    if started is not None:
+        tell_oddities(started)
+        record.add(started.settled(is_over=True))
 
 
 def tell_oddities(run: Campaign) -> None:
@@ -157,7 +167,8 @@ async def soak(options: Options, known: Reference) -> tuple[list[Effect], list[H
 
 async def run(options: Options, console: Console) -> None:
     """Everything that was asked for, and the tables."""
-    effects: list[Effect] = []
+    record = Record(options.resume)
+    effects = record.effects
     result: dict[str, object] = {"seed": options.seed, "concurrency": options.concurrency}
     known = await undisturbed(options)
     if options.soak:
@@ -174,7 +185,7 @@ async def run(options: Options, console: Console) -> None:
             if needs.has_cables and not Cables.is_possible():
                 say("no network namespaces on this machine: partition is left out")
                 continue
-            effects += await run_group(options, known, needs, pairs)
+            await run_group(options, known, needs, pairs, record)
     found = rows(effects)
     if options.is_markdown:
         print(markdown(found))
@@ -197,6 +208,12 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=6, help="streams at a time (default: 6)")
     parser.add_argument("--calm", type=float, default=20.0, help="seconds without faults first (default: 20)")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="faults for so long instead")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="write every effect there, and go on with those that are there: --faults is of all runs together",
+    )
     parser.add_argument("--attention", type=int, default=2, help="attention workers (default: 2)")
     parser.add_argument("--experts", type=int, default=4, help="expert workers (default: 4)")
     parser.add_argument("--replicas", type=int, default=2, help="workers that hold each expert (default: 2)")
@@ -207,7 +224,16 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(unknown)}")
     plan = ClusterPlan(attention=given.attention, experts=given.experts, replicas=given.replicas)
     options = Options(
-        given.faults, kinds, targets, given.seed, given.concurrency, given.calm, given.soak, given.markdown, plan
+        given.faults,
+        kinds,
+        targets,
+        given.seed,
+        given.concurrency,
+        given.calm,
+        given.soak,
+        given.markdown,
+        given.resume,
+        plan,
     )
 
     async def until_sigterm() -> None:

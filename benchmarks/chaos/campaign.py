@@ -22,13 +22,13 @@ UNDISTURBED = "none"
 RECOVERY_TIMEOUT = 90.0
 """Seconds in which a cluster must be whole again after a fault."""
 
-MAX_PAUSE = 1.5
+MAX_PAUSE = 0.5
 """Longest pause between two faults, seconds."""
 
-CALM_SPAN = 5.0
+CALM_SPAN = 2.5
 """Seconds of one undisturbed span: about those of a fault, so that the longest waits can be compared."""
 
-TAIL = 0.5
+TAIL = 0.3
 """Seconds after a recovery that still count as the fault's: the return of a worker is not to disturb either."""
 
 
@@ -69,6 +69,7 @@ class Campaign:
     def __init__(self, cluster: ChaosCluster, client: AsyncClient, load: Load, draw: random.Random) -> None:
         self.cluster, self.client, self.load, self._draw = cluster, client, load, draw
         self.spans: list[Span] = []
+        self._num_settled = 0
         self.num_without_effect: collections.Counter[tuple[str, str]] = collections.Counter()
 
     async def calm(self, seconds: float) -> None:
@@ -108,9 +109,23 @@ class Campaign:
 
     def effects(self) -> list[Effect]:
         """One per span. Final once the load has ended."""
-        now = time.monotonic()
-        ends = [span.begin for span in self.spans[1:]] + [math.inf]
-        return [effect_of(span, end, self.load.outcomes, now) for span, end in zip(self.spans, ends, strict=True)]
+        return [self._effect(index) for index in range(len(self.spans))]
+
+    def settled(self, is_over: bool = False) -> list[Effect]:
+        """Effects that are final and were not asked for before, in order: the next span has begun, and every stream
+        that was alive has ended. is_over: the load has ended, so all are."""
+        done: list[Effect] = []
+        while self._num_settled < len(self.spans) - (not is_over):
+            over = self.spans[self._num_settled + 1].begin if self._num_settled + 1 < len(self.spans) else math.inf
+            if not is_over and any(outcome.end is None and outcome.begin < over for outcome in self.load.outcomes):
+                break
+            done.append(self._effect(self._num_settled))
+            self._num_settled += 1
+        return done
+
+    def _effect(self, index: int) -> Effect:
+        over = self.spans[index + 1].begin if index + 1 < len(self.spans) else math.inf
+        return effect_of(self.spans[index], over, self.load.outcomes, time.monotonic())
 
 
 def effect_of(span: Span, until: float, outcomes: Sequence[Outcome], now: float) -> Effect:

@@ -36,8 +36,10 @@ WORKER_PORT = 7100
 class ClusterPlan:
     """What is started. Every expert is on `replicas` workers; float32, so that a token has one right value.
 
-    The last three name roles or single nodes (`expert 0`). proxied: the router reaches them through the proxy.
-    in_namespaces: they are in network namespaces of their own. full_disk: they log everything to a disk that is full.
+    proxied, in_namespaces, full_disk name roles or single nodes (`expert 0`). proxied: the router reaches them through
+    the proxy. in_namespaces: they are in network namespaces of their own. full_disk: they log everything to a disk that
+    is full.
+    attention_module: what `python -m` runs as an attention worker. max_migrations: the router's.
     """
 
     model: Path = DEMO_MODEL
@@ -47,6 +49,8 @@ class ClusterPlan:
     proxied: tuple[str, ...] = ()
     in_namespaces: tuple[str, ...] = ()
     full_disk: tuple[str, ...] = ()
+    attention_module: str = "attention_worker"
+    max_migrations: int = 5
 
 
 class ChaosCluster:
@@ -77,7 +81,7 @@ class ChaosCluster:
         common: dict[str, Any] = {"model": str(plan.model), "dtype": "float32"}
         for index in range(plan.attention):
             attention = AttentionWorkerSettings(**common, page_size=16, kv_gib=0.01, max_step_tokens=512, threads=1)
-            self.workers.append(self._worker("attention", index, "attention_worker", to_flags(attention)))
+            self.workers.append(self._worker("attention", index, plan.attention_module, to_flags(attention)))
         num_experts = ModelConfig.from_file(plan.model).num_experts
         for index, held in enumerate(spread(num_experts, plan.experts, plan.replicas)):
             experts = ExpertWorkerSettings(**common, experts=",".join(map(str, held)), threads=1)
@@ -118,6 +122,7 @@ class ChaosCluster:
             dtype="float32",
             attention=addresses["attention"],
             experts=addresses["expert"],
+            max_migrations=self.plan.max_migrations,
         )
         address = self._socket("router")
         return self._serving("router", 0, "router", to_flags(settings), address, address)

@@ -20,6 +20,7 @@ import asyncio
 import dataclasses
 import random
 import signal
+import time
 from collections.abc import Awaitable, Callable
 
 from benchmarks.chaos.cluster import ChaosCluster
@@ -28,8 +29,23 @@ from benchmarks.chaos.node import Node
 SLOW = 0.5
 """Seconds that a slow worker's answer takes longer: twice the shortest deadline of an expert call."""
 
-LATE = 3.0
-"""Seconds that a late answer is late."""
+LATE = 1.5
+"""Seconds that a late answer is late: several times the deadline of the call, and of the call that was sent instead."""
+
+AWAY = (0.0, 0.3)
+"""Seconds between the end of a process and the start of the next one; the start itself takes longer."""
+
+SILENT = (0.6, 1.5)
+"""Seconds of a hang or a partition: longer than the deadlines of a worker that is known, so that it is noticed."""
+
+SPOILT = (0.8, 1.5)
+"""Seconds in which every answer is spoilt."""
+
+FEW = 1.0
+"""Most seconds in which so many answers are to come that are spoilt by number."""
+
+POLL = 0.02
+"""Seconds between two looks at whether they have come."""
 
 
 NUM_LAST_LINES = 20
@@ -52,7 +68,7 @@ Inject = Callable[[ChaosCluster, Node, random.Random], Awaitable[bool]]
 async def kill(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
     """See the table."""
     await node.kill()
-    await asyncio.sleep(draw.uniform(0.0, 1.0))
+    await asyncio.sleep(draw.uniform(*AWAY))
     await node.start()
     return True
 
@@ -60,7 +76,7 @@ async def kill(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
 async def hang(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
     """See the table."""
     node.signal(signal.SIGSTOP)
-    await asyncio.sleep(draw.uniform(1.0, 4.0))
+    await asyncio.sleep(draw.uniform(*SILENT))
     node.signal(signal.SIGCONT)
     return True
 
@@ -85,7 +101,7 @@ async def partition(cluster: ChaosCluster, node: Node, draw: random.Random) -> b
     """See the table."""
     cluster.cables.plug(node.namespace, False)
     try:
-        await asyncio.sleep(draw.uniform(1.0, 4.0))
+        await asyncio.sleep(draw.uniform(*SILENT))
     finally:
         cluster.cables.plug(node.namespace, True)
     return True
@@ -101,12 +117,12 @@ async def drop(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
 
 
 def spoil_for_a_while(kind: str, seconds: float = 0.0) -> Inject:
-    """Every answer, for one to three seconds."""
+    """Every answer, for a while."""
 
     async def inject(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
         assert cluster.control is not None
         await cluster.control.set(node.address, kind, seconds)
-        await asyncio.sleep(draw.uniform(1.0, 3.0))
+        await asyncio.sleep(draw.uniform(*SPOILT))
         return await cluster.control.set(node.address, "") > 0
 
     return inject
@@ -118,9 +134,11 @@ def spoil_some(kind: str, count: int, seconds: float = 0.0) -> Inject:
     async def inject(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
         assert cluster.control is not None
         await cluster.control.set(node.address, kind, seconds, count)
-        await asyncio.sleep(max(1.0, seconds))
-        hits = await cluster.control.set(node.address, "")
-        return hits > 0
+        over = time.monotonic() + FEW
+        while time.monotonic() < over and await cluster.control.left(node.address):  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(POLL)
+        await asyncio.sleep(seconds)
+        return await cluster.control.set(node.address, "") > 0
 
     return inject
 

@@ -124,7 +124,10 @@ class Proxy:
         for route in self._routes.values():
             await route.open()
         server = grpc.aio.server(options=list(SERVER_OPTIONS))
-        handlers = {"Set": grpc.unary_unary_rpc_method_handler(self._set)}
+        handlers = {
+            "Set": grpc.unary_unary_rpc_method_handler(self._set),
+            "Left": grpc.unary_unary_rpc_method_handler(self._left),
+        }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(CONTROL, handlers),))
         server.add_insecure_port(control)
         await server.start()
@@ -149,6 +152,10 @@ class Proxy:
             route.spoiling = Spoiling(kind, command["seconds"], command["count"])
         return json.dumps({"hits": hits}).encode()
 
+    async def _left(self, data: bytes, context: Any) -> bytes:
+        """{"route"} -> {"left": answers that are still to be spoilt}."""
+        return json.dumps({"left": self._routes[json.loads(data)["route"]].spoiling.left}).encode()
+
 
 class ProxyControl:
     """The other end of the control address."""
@@ -162,11 +169,16 @@ class ProxyControl:
         count: answers to spoil; negative: all. Returns how many answers the command before this one has spoilt.
         """
         command = {"route": route, "kind": kind, "seconds": seconds, "count": count}
+        return int((await self._call("Set", command))["hits"])
+
+    async def left(self, route: str) -> int:
+        """Answers that are still to be spoilt."""
+        return int((await self._call("Left", {"route": route}))["left"])
+
+    async def _call(self, method: str, command: dict[str, Any]) -> Any:
         untyped: Any = self._channel
-        answer = await untyped.unary_unary(f"/{CONTROL}/Set")(
-            json.dumps(command).encode(), timeout=10.0, wait_for_ready=True
-        )
-        return int(json.loads(answer)["hits"])
+        call = untyped.unary_unary(f"/{CONTROL}/{method}")
+        return json.loads(await call(json.dumps(command).encode(), timeout=10.0, wait_for_ready=True))
 
     async def close(self) -> None:
         """Disconnects."""

@@ -13,6 +13,7 @@ from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from grokmoe.access import Scope
+from grokmoe.authentication import has_scope
 from grokmoe.errors import InvalidRequest
 from grokmoe.server import Service, server_stream, unary
 from router.call_context import read_call
@@ -25,6 +26,9 @@ from router.vllm_engine.response import ResponseWriter
 from router.vllm_engine.tokenizer_bundle import bundle, in_chunks
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
+
+MAX_ABORTED = 1024
+"""Ids in one Abort. A message of the largest size could name two million, and hold up the event loop for a second."""
 
 FLUSH_INTERVAL = 0.02
 """Pause between two looks whether the engine is idle, seconds."""
@@ -62,7 +66,7 @@ class VllmEngine:
         for name, why in NOT_THERE.items():
             if name in described:
                 handlers[name] = _refusing(name, why, described[name].server_streaming)
-        return Service(SERVICE, handlers, method_scopes={"FlushCache": Scope.CONTROL})
+        return Service(SERVICE, handlers, method_scopes={"FlushCache": Scope.CONTROL}, admit=self._generation.admit)
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Of a stream chunks and a `complete` per candidate, else the latter only. A caller who leaves frees it."""
@@ -80,9 +84,15 @@ class VllmEngine:
             yield message
 
     async def Abort(self, request: Any, context: Any) -> Any:
-        """Ends those of the requests that are alive. Gateways send it for a client that has gone."""
+        """Ends those of the requests that are alive and the caller's own; with the scope `control`, whosever they are.
+
+        Gateways send it for a client that has gone. The id of another's request is answered as one that nobody has.
+        """
+        if len(request.request_ids) > MAX_ABORTED:
+            raise InvalidRequest("request_ids", f"holds {len(request.request_ids)} ids, limit is {MAX_ABORTED}")
+        caller = None if has_scope(Scope.CONTROL) else read_call(context).caller
         for request_id in request.request_ids:
-            self._engine.abort(request_id)
+            self._generation.abort(request_id, caller)
         return vllm.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: Any) -> Any:
@@ -113,7 +123,7 @@ class VllmEngine:
         """Forgets the prefixes that could be reused, once no request is alive. Waits for that as long as asked."""
         deadline = time.monotonic() + request.timeout_s
         while not self._is_idle:
-            if time.monotonic() >= deadline:
+            if not time.monotonic() < deadline:  # also when asked to wait for a time that is no number
                 alive = self._engine.num_running + self._engine.num_waiting
                 return common.FlushCacheResponse(message=f"{alive} sequences are alive, nothing was flushed")
             await asyncio.sleep(FLUSH_INTERVAL)
