@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
 
-from grokmoe.access import AccessTable, Scope
+from grokmoe.access import AccessTable, Grant, Scope
 from grokmoe.caller import set_proven_caller
 from grokmoe.errors import GrokmoeError, PermissionDenied, Unauthenticated
 from grokmoe.status import to_status
@@ -22,6 +23,17 @@ logger = logging.getLogger(__name__)
 
 AUTHORIZATION_KEY = "authorization"
 _SCHEME = "bearer"
+
+_granted: ContextVar[frozenset[Scope] | None] = ContextVar("grokmoe_scopes", default=None)
+
+
+def has_scope(scope: Scope) -> bool:
+    """Whether the call that is being answered may do what needs this scope. All may where nobody needs a token.
+
+    For what depends on the message; what a whole method needs is looked at before it is called.
+    """
+    granted = _granted.get()
+    return granted is None or scope in granted
 
 
 class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -49,16 +61,17 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if service in self._exempt:
             return await continuation(details)
         try:
-            caller = self._prove(details.invocation_metadata, self._scopes.get(method, self._scopes.get(service)))
+            grant = self._prove(details.invocation_metadata, self._scopes.get(method, self._scopes.get(service)))
         except GrokmoeError as error:
             self._refused(error.code.name)
             logger.debug("%r refused: %s", method[:128], error.code.name)  # anyone could fill the log with these
-            return _ending_with(error)
-        set_proven_caller(caller)
+            return ending_with(error)
+        set_proven_caller(grant.caller)
+        _granted.set(grant.scopes)
         return await continuation(details)
 
-    def _prove(self, metadata: Any, needed: Scope | None) -> str:
-        """The caller's name. Raises Unauthenticated, PermissionDenied; no message quotes what was sent."""
+    def _prove(self, metadata: Any, needed: Scope | None) -> Grant:
+        """What the token stands for. Raises Unauthenticated, PermissionDenied; no message quotes what was sent."""
         given = [value for key, value in metadata or () if key == AUTHORIZATION_KEY]
         if not given:
             raise Unauthenticated("this call needs a bearer token")
@@ -68,10 +81,10 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             raise Unauthenticated("the token is not known here")
         if needed is not None and needed not in grant.scopes:
             raise PermissionDenied(f"the token of {grant.caller} is not for {needed}")
-        return grant.caller
+        return grant
 
 
-def _ending_with(error: GrokmoeError) -> Any:
+def ending_with(error: GrokmoeError) -> Any:
     """A handler for any kind of method: as a stream of bytes both ways, it needs no message to begin."""
 
     async def refuse(requests: Any, context: Any) -> None:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -25,8 +26,8 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from grokmoe.access import Scope
-from grokmoe.authentication import Authentication
-from grokmoe.channel import CLIENT_FACING_OPTIONS, SERVER_OPTIONS
+from grokmoe.authentication import Authentication, ending_with
+from grokmoe.channel import CLIENT_FACING_OPTIONS, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, SERVER_OPTIONS
 from grokmoe.errors import ConfigError, GrokmoeError, InternalError, InvalidRequest, Reason, StartupError
 from grokmoe.security import SecuritySettings
 from grokmoe.settings import setting
@@ -39,6 +40,27 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 HEALTH_TIMEOUT = 1.0
 """Seconds that health watchers have to take a change. One that takes nothing must not hold up others, or our end."""
+
+MAX_IDLE_MS = 600_000
+"""A client's connection without a call for this long is closed. The next call opens another and does not notice."""
+
+CONNECTION_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Who has vanished without a word answers no probe; gRPC itself would wait for it, and compute for it, for hours.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    # Either alone would be enough by its description; with the first alone this gRPC waits a minute and longer.
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+)
+CLIENT_CONNECTION_OPTIONS: tuple[tuple[str, int], ...] = (("grpc.max_connection_idle_ms", MAX_IDLE_MS),)
+
+
+def max_connections() -> int:
+    """Most connections at a time on one address: half of the descriptors that the process may have.
+
+    The others are for files, workers, probes. More connections are closed as soon as they come.
+    """
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
 
 MAX_PORT = 65535
 
@@ -89,6 +111,8 @@ class Service:
         have begun and end; without it they keep the process for the whole grace period.
     scope: what a token must be good for to call it, where tokens are asked for.
     method_scopes: method name -> the scope of a method that has another.
+    admit: called with a method's name after the token has been looked at and before the message is read; raises the
+        GrokmoeError that the call ends with. Under overload it is all that most calls get, so it must be quick.
     """
 
     name: str
@@ -96,6 +120,7 @@ class Service:
     drain: Callable[[], None] = lambda: None
     scope: Scope = Scope.INFERENCE
     method_scopes: Mapping[str, Scope] = dataclasses.field(default_factory=dict)
+    admit: Callable[[str], None] = lambda name: None
 
     @property
     def scopes(self) -> dict[str, Scope]:
@@ -191,6 +216,25 @@ async def _abort(context: Any, error: Exception) -> None:
     )
 
 
+class _ServiceHandlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """Finds the handler of a call to one service, or one that refuses it."""
+
+    def __init__(self, service: Service) -> None:
+        self._admit = service.admit
+        self._methods = {f"/{service.name}/{name}": (name, handler) for name, handler in service.handlers.items()}
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """See grpc.GenericRpcHandler."""
+        name, handler = self._methods.get(str(details.method), ("", None))
+        if handler is None:
+            return None
+        try:
+            self._admit(name)
+        except Exception as error:
+            return ending_with(_expected(error))
+        return handler
+
+
 def _health_handler(servicer: Any) -> Any:
     """The servicer of grpcio-health-checking, with our decoding."""
     request, response = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
@@ -234,17 +278,13 @@ class RoleServer:
         """
         self._services = tuple(services)
         self._security = security or SecuritySettings()
-        options = dict(
-            (*SERVER_OPTIONS, *self._security.channel_options())
-        )  # gRPC takes the first of two, not the last
-        if not any(service.scope is Scope.CLUSTER for service in services):
-            options |= CLIENT_FACING_OPTIONS
+        is_client_facing = not any(service.scope is Scope.CLUSTER for service in services)
         self._server = grpc.aio.server(
-            options=[*options.items()], interceptors=[*interceptors, *self._authentication(refused)]
+            options=_options(is_client_facing, self._security.channel_options()),
+            interceptors=[*interceptors, *self._authentication(refused)],
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        handlers = [_health_handler(self._health)]
-        handlers += [grpc.method_handlers_generic_handler(service.name, service.handlers) for service in services]
+        handlers: list[Any] = [_health_handler(self._health), *map(_ServiceHandlers, services)]
         if self._security.reflection != "off":
             names = [service.name for service in services]
             handlers.append(_reflection_handler([*names, health.SERVICE_NAME, reflection.SERVICE_NAME]))
@@ -266,7 +306,7 @@ class RoleServer:
         """Binds and serves. Returns the address with the port that was chosen. StartupError if it cannot bind."""
         self.address = _bind(self._server, listen, self._security.credentials())
         if self._security.health_listen:
-            self._health_server = grpc.aio.server(options=[*dict((*SERVER_OPTIONS, *CLIENT_FACING_OPTIONS)).items()])
+            self._health_server = grpc.aio.server(options=_options(is_client_facing=True))
             self._health_server.add_generic_rpc_handlers((_health_handler(self._health),))
             self.health_address = _bind(self._health_server, self._security.health_listen)
         await self._health.set("", SERVING)
@@ -291,6 +331,15 @@ class RoleServer:
         await self._server.stop(grace)
         if self._health_server is not None:  # last: probes are answered to the end
             await self._health_server.stop(0)
+
+
+def _options(is_client_facing: bool, more: Sequence[tuple[str, int]] = ()) -> list[tuple[str, int]]:
+    """Of a server. is_client_facing: its callers are not the cluster's own."""
+    options = dict((*SERVER_OPTIONS, *CONNECTION_OPTIONS))  # as gRPC takes the first of two, not the last
+    options["grpc.max_allowed_incoming_connections"] = max_connections()
+    if is_client_facing:
+        options |= dict((*CLIENT_FACING_OPTIONS, *CLIENT_CONNECTION_OPTIONS))
+    return [*(options | dict(more)).items()]
 
 
 def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None = None) -> str:

@@ -14,18 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_worker.service import AttentionService
+from expert_worker import weights
 from expert_worker.engine import ExpertEngine
+from expert_worker.experts import ExpertSet
+from expert_worker.loader import ExpertLoader
 from expert_worker.service import ExpertService
 from grokmoe import tensors
 from grokmoe.channel import open_channel
+from grokmoe.checkpoint import Checkpoint
 from grokmoe.errors import Code
 from grokmoe.server import RoleServer
 from grokmoe.telemetry import ExpertMetrics, new_registry
 from grokmoe.v1 import attention_pb2, expert_pb2
 from router.transport.grpc_expert import GrpcExpertLink
+from tests import goldens
+from tests.fuzz.calls import EXPECTED, FUZZ, Loop, code_of, ending_of
 from tests.fuzz.messages import mutated, wire
-from tests.fuzz.test_fuzz_router import EXPECTED, FUZZ, Loop, code_of, ending_of
-from tests.router.tiny import CONFIG, attention_engine, device, expert_set
+from tests.router.tiny import CONFIG, DTYPE, attention_engine, device
 
 STREAMS = {
     "/grokmoe.v1.Expert/Forward": (expert_pb2.ForwardRequest, expert_pb2.ForwardResponse, "request_id"),
@@ -35,6 +40,11 @@ DESCRIBE = {
     "/grokmoe.v1.Expert/Describe": expert_pb2.ExpertDescribeRequest,
     "/grokmoe.v1.Attention/Describe": attention_pb2.AttentionDescribeRequest,
 }
+CHANGES = {
+    "/grokmoe.v1.Expert/Load": (expert_pb2.ExpertLoadRequest, expert_pb2.ExpertLoadResponse),
+    "/grokmoe.v1.Expert/Unload": (expert_pb2.ExpertUnloadRequest, expert_pb2.ExpertUnloadResponse),
+}
+ALL_EXPERTS = [expert_pb2.ExpertRange(expert=e, layer_end=CONFIG.num_layers) for e in range(CONFIG.num_experts)]
 ROWS_ND = torch.linspace(-1, 1, 3 * CONFIG.hidden_size).reshape(3, CONFIG.hidden_size)
 ANSWER_TIMEOUT = 0.3
 """Seconds in which an answer comes if one comes at all; many messages are answered by nothing, such as a first part."""
@@ -45,7 +55,13 @@ class Workers:
 
     async def start(self) -> None:
         metrics = ExpertMetrics(new_registry())
-        experts = ExpertService(ExpertEngine(expert_set(), metrics, device()), metrics, 64).as_service()
+        self.checkpoint = Checkpoint.open(goldens.DIRECTORY)
+        held = {layer: tuple(range(CONFIG.num_experts)) for layer in range(CONFIG.num_layers)}
+        self.experts = ExpertSet(CONFIG, held, DTYPE, torch.device("cpu"))
+        weights.load(self.experts, self.checkpoint)
+        self.loader = ExpertLoader(self.experts, self.checkpoint, device())
+        engine = ExpertEngine(self.experts, metrics, device())
+        experts = ExpertService(engine, metrics, 64, loader=self.loader).as_service()
         self.attention_engine = attention_engine(num_pages=8, max_step_tokens=32)
         attention = AttentionService(self.attention_engine).as_service()
         self.server = RoleServer([experts, attention])
@@ -61,6 +77,13 @@ class Workers:
         await self.link.close()
         await self.channel.close(None)
         await self.server.stop(0)
+        self.loader.close()
+        self.checkpoint.close()
+
+    async def restore(self) -> None:
+        """Holds all experts again, as at the start: what was given up is still there for a while."""
+        request = expert_pb2.ExpertLoadRequest(config_hash=CONFIG.content_hash, experts=ALL_EXPERTS)
+        await self.channel.unary_unary("/grokmoe.v1.Expert/Load")(request.SerializeToString(), timeout=10)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +160,43 @@ def test_streams(workers: tuple[Workers, Any], method: str) -> None:
         assert code in EXPECTED | {None}
         failed = {answer.failure.code for answer in answers if answer.HasField("failure")}
         assert not failed & {Code.INTERNAL, Code.UNKNOWN}, answers
+
+    check()
+
+
+def changes(kind: Any) -> st.SearchStrategy[bytes]:
+    """Requests that mean this model, with ranges of any numbers, most of them small."""
+    number = st.integers(0, 9) | st.sampled_from([2**31, 2**32 - 1])
+    ranges = st.builds(lambda e, begin, end: expert_pb2.ExpertRange(expert=e, layer_begin=begin, layer_end=end),
+                       number, number, number)  # fmt: skip
+    return st.lists(ranges, max_size=4).map(
+        lambda experts: kind(config_hash=CONFIG.content_hash, experts=experts).SerializeToString()
+    )
+
+
+@pytest.mark.parametrize("method", CHANGES)
+def test_changes_of_what_is_held(workers: tuple[Workers, Any], method: str) -> None:
+    """Neighbours are served whatever is given up meanwhile, and what is refused changes nothing."""
+    serving, run = workers
+    kind, _ = CHANGES[method]
+    whole = st.just(kind(config_hash=CONFIG.content_hash, experts=ALL_EXPERTS).SerializeToString())
+
+    @settings(FUZZ, max_examples=40)
+    @given(wire(kind.DESCRIPTOR) | changes(kind) | mutated(changes(kind) | whole))
+    def check(data: bytes) -> None:
+        async def beside_a_neighbour() -> tuple[str, torch.Tensor]:
+            if method.endswith("/Load"):
+                serving.loader.unload(serving.experts.holdings.held)
+            return await asyncio.gather(code_of(serving.channel, method, [data]), serving.forward())
+
+        whole_held = serving.experts.holdings.held
+        code, rows_ND = run(beside_a_neighbour())
+        assert code in EXPECTED
+        assert torch.equal(rows_ND, serving.expected_ND)
+        if code not in ("OK", "DEADLINE_EXCEEDED"):
+            assert serving.experts.holdings.held == (frozenset() if method.endswith("/Load") else whole_held)
+        run(serving.restore())
+        assert serving.experts.holdings.held == whole_held
 
     check()
 
