@@ -4,11 +4,16 @@ PYTHON ?= python3
 DEMO_ENV := .venv-demo
 DEV_ENV := .venv
 
-.PHONY: demo test check stubs released format clean
+.PHONY: chart demo loadtest-demo test check stubs released format clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_ENV)/installed
 	@$(DEMO_ENV)/bin/grokmoe demo
+
+# A sweep over the demo model in two minutes; the report is loadtest-demo/report.html.
+loadtest-demo: $(DEMO_ENV)/installed
+	@$(DEMO_ENV)/bin/grokmoe loadtest --demo --sweep --sweep-seconds 8 --sweep-steps 7 --sweep-tolerance 0.2 \
+		--input-len uniform:16:96 --output-len 16 --goodput ttft:1000 tpot:150 --slo-share 0.95 --output-dir loadtest-demo
 
 # Two workers share the machine's cores; each test process computes with one thread (tests/conftest.py).
 test: $(DEV_ENV)/installed
@@ -24,6 +29,10 @@ check: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/buf breaking proto --against proto/released.binpb
 	$(DEV_ENV)/bin/python tools/make_stubs.py --check
 	$(DEV_ENV)/bin/python tools/make_reference.py --check
+
+# Every ready-made profile of the Helm chart as the objects that it makes, in build/chart.
+chart: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/python deploy/render_chart.py build/chart
 
 stubs: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/python tools/make_stubs.py

@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="start `up` with the demo model, stream a few texts, show figures", add_help=False)
     commands.add_parser("checkpoint", help="look into a checkpoint, convert its tokenizer", add_help=False)
     commands.add_parser("experts", help="who holds which experts; move them while requests run", add_help=False)
+    commands.add_parser("loadtest", help="load a server on a schedule and report; compare two results", add_help=False)
     return parser
 
 
@@ -109,6 +110,12 @@ def _experts(argv: Sequence[str]) -> int:
     return experts(parser.parse_args(argv))
 
 
+def _loadtest(argv: Sequence[str]) -> int:
+    from launcher.loadtest import loadtest
+
+    return loadtest(argv)
+
+
 def _parse(command: str, text: str, settings: type, argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         f"grokmoe {command}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -130,6 +137,7 @@ COMMANDS = {
     "demo": _demo,
     "checkpoint": _checkpoint,
     "experts": _experts,
+    "loadtest": _loadtest,
 }
 
 

@@ -43,6 +43,7 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
     from grokmoe.server import ServerSettings
     from launcher.demo import DemoSettings
     from launcher.generate import GenerateSettings
+    from launcher.loadtest import LoadtestSettings
     from launcher.serve import ServeSettings
     from launcher.up import UpSettings
     from router.config import RouterSettings
@@ -53,12 +54,14 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
         ServerSettings,
         DemoSettings,
         GenerateSettings,
+        LoadtestSettings,
         ServeSettings,
         UpSettings,
         RouterSettings,
     )
     known = {field.replace("_", "-") for kind in kinds for field in kind.__dataclass_fields__}
-    for program in [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tools/*.py")]:
+    commands = [ROOT / "launcher" / "loadtest.py", ROOT / "launcher" / "experts.py"]
+    for program in [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tools/*.py"), *commands]:
         known |= set(re.findall(r'add_argument\(\s*"--([a-z-]+)"', program.read_text()))
     named = set(re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", page.read_text()))
     assert named <= known, named - known
