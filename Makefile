@@ -29,6 +29,7 @@ check: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/buf breaking proto --against proto/released.binpb
 	$(DEV_ENV)/bin/python tools/make_stubs.py --check
 	$(DEV_ENV)/bin/python tools/make_reference.py --check
+	$(DEV_ENV)/bin/python deploy/chart_schema.py --check
 
 # Every ready-made profile of the Helm chart as the objects that it makes, in build/chart.
 chart: $(DEV_ENV)/installed

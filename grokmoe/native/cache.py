@@ -11,7 +11,7 @@ import llvmlite
 import numba
 
 FOLDER_VARIABLE = "GROKMOE_NATIVE_CACHE"
-"""Names the folder. An image sets it to one that it has filled when it was built, which may then be read-only."""
+"""Names the folder, which must be one that can be written to. What is in it serves CPUs of one kind."""
 
 
 def cache_folder() -> str:
