@@ -10,15 +10,18 @@ import asyncio
 import dataclasses
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
+from grokmoe import TlsConfig
 from loadtest.job import Counts, Go, Job
 from loadtest.planned import PlannedRequest
 from loadtest.record import Outcome, RequestRecord
 
 LENGTH = struct.Struct("<Q")
 
-KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Counts, Go, Job, PlannedRequest, RequestRecord)}
+_KINDS = (Counts, Go, Job, PlannedRequest, RequestRecord, TlsConfig)
+KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in _KINDS}
 
 
 def encode(value: Any) -> bytes:
@@ -33,7 +36,9 @@ async def read(stream: asyncio.StreamReader) -> Any:
     return _tupled(json.loads(await stream.readexactly(length), object_hook=_value))
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _fields(value: Any) -> str | dict[str, Any]:
+    if isinstance(value, Path):
+        return str(value)
     return {"kind": type(value).__name__} | {
         field.name: getattr(value, field.name) for field in dataclasses.fields(value)
     }

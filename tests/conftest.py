@@ -9,11 +9,16 @@ tune_process()  # before torch is loaded
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Beside other tests an example may take any time. CI looks at the same examples each time: what it says of a change
 # must be about the change. Everyone else's runs look further.
-settings.register_profile("shared-cores", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile(
+    "shared-cores",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],  # a busy machine says nothing about a test
+)
 settings.load_profile("shared-cores")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from grokmoe import TlsConfig
 from loadtest import frames
 from loadtest.job import Counts, Go, Job
 from loadtest.planned import PlannedRequest
@@ -32,7 +33,8 @@ def there_and_back(value: Any) -> Any:
         "ready",
         Counts(1, 2, 3, 4, 0.5),
         Go(12.75, PLAN, is_closed=True),
-        Job("127.0.0.1:1", {"token_file": "x"}, {"temperature": 0.7, "stop": ("a", "b"), "seed": None}, "id-", 4),
+        Job("127.0.0.1:1", {"timeout": 3.5, "tls": TlsConfig("ca.pem", server_name="here"), "token": "t"}, {}, ""),
+        Job("127.0.0.1:1", {}, {"temperature": 0.7, "stop": ("a", "b"), "seed": None}, "id-", 4),
         (RECORD, RECORD),
     ],
 )

@@ -146,6 +146,9 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "listen": st.sampled_from(["127.0.0.1:0", "[::]:7000", "unix:/a b/c.sock"]),
     "kv_gib": st.floats(1e-3, 1e6),
     "lease_seconds": st.floats(1e-3, 1e6),
+    "rebalance_interval": st.floats(1e-3, 1e6),
+    "rebalance_threshold": st.floats(1.0, 1e6),
+    "rebalance_horizon": st.floats(1e-3, 1e6),
     "state": st.sampled_from(["", "state.json", "-x.json"]),
 }
 """Fields whose settings class refuses other values."""
