@@ -44,6 +44,8 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     *COMMON_OPTIONS,
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # The one that gRPC's core heeds, see tests/security/test_connections.py.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     # Two clients of one process must not share a connection: a lane's traffic would queue behind another's.
     ("grpc.use_local_subchannel_pool", 1),
     # Proxies from the environment have no business between workers, nor before a loopback address.

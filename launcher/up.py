@@ -51,6 +51,7 @@ class UpSettings(SecuritySettings, LimitSettings):
         "empty: spread evenly",
         metavar="FILE",
     )
+    rebalance: str = setting("off", "move experts between workers by itself, to even out their load", ("off", "auto"))
     openai: bool = setting(False, "serve the OpenAI HTTP API too, by a gateway in front of the router")
     openai_port: int = setting(DEFAULT_OPENAI_PORT, "port of the OpenAI HTTP API; 0: any free one")
     log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
@@ -118,6 +119,7 @@ class Cluster:
             attention=tuple(self._socket("attention", index) for index in range(s.attention)),
             experts=tuple(self._socket("expert", index) for index in range(s.experts)),
             lanes=s.lanes,
+            rebalance=s.rebalance,
             **s.limits(),
         )
         server = ServerSettings(listen=f"{s.host}:{s.port}", log_level=s.log_level, **s.security())

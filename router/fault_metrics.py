@@ -58,9 +58,18 @@ class FaultCollector(Collector):
         yield from self._experts()
 
     def _experts(self) -> Iterator[Metric]:
-        if self._engine.pool is None:
+        pool = self._engine.pool
+        if pool is None:
             return
-        counters = self._engine.pool.counters
+        counters = pool.counters
+        yield GaugeMetricFamily(
+            "grokmoe_placement_version", "Grows whenever the table of who holds what changes.", pool.placement_version
+        )
+        yield GaugeMetricFamily(
+            "grokmoe_expert_imbalance", "Load of the busiest expert worker over the mean, lately; 0: unknown.",
+            pool.rebalancer.traffic.imbalance(),
+        )  # fmt: skip
+        yield GaugeMetricFamily("grokmoe_expert_moves", "Moves of experts under way.", len(pool.moves.under_way))
         for name, text in _EXPERTS.items():
             yield CounterMetricFamily(f"grokmoe_expert_{name}", text, value=getattr(counters, name))
         retries = CounterMetricFamily("grokmoe_expert_retries", "Rows sent again, by cause.", labels=("cause",))
