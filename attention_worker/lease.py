@@ -25,7 +25,7 @@ closes no stream. Above the pauses that a garbage collector or a busy machine ma
 
 RELEASE_SECONDS = 1.0
 """The same when none of its streams is open: a process that was killed. Twice the pause between two of a router's
-questions (router/cell.py, CellSettings.heartbeat), so a router that rests keeps its lease."""
+questions (router/attention_member.py, CellSettings.heartbeat), so a router that rests keeps its lease."""
 
 
 def new_incarnation() -> str:

@@ -48,7 +48,7 @@ from router.config import RouterSettings  # noqa: E402
 from router.engine import Engine  # noqa: E402
 from router.gating import gate  # noqa: E402
 from router.loading import build_engine, load_model  # noqa: E402
-from router.sequence import Request, SamplingSettings  # noqa: E402
+from router.request import Request, SamplingSettings  # noqa: E402
 from router.transport.local import LocalAttentionLink  # noqa: E402
 
 Rows = Callable[[int, int], torch.Tensor]
@@ -96,13 +96,13 @@ def linear_cases(dtype: torch.dtype) -> dict[str, Rows]:
 
 def small_cases(dtype: torch.dtype) -> dict[str, Rows]:
     x, gain = torch.randn(NUM_ROWS, 1024), torch.randn(1024)
-    gate_DE = torch.randn(1024, 8) / 32
+    gate_ED = torch.randn(8, 1024) / 32
     rope, positions = Rope(D, 8192, 10000.0), torch.randint(0, 8192, (NUM_ROWS,))
     q = torch.randn(NUM_ROWS, H, D).to(dtype)
     return {
         "rms_norm": lambda a, b: rms_norm(x[a:b], gain, 1e-5, dtype),
         "rope": lambda a, b: Rope.rotate(q[a:b], rope.angles(positions[a:b])),
-        "gate": lambda a, b: gate(x[a:b].to(dtype), gate_DE, TINY)[0],
+        "gate": lambda a, b: gate(x[a:b].to(dtype), gate_ED, TINY)[0],
         "sigmoid, plain": lambda a, b: x[a:b, :33].contiguous().sigmoid(),
         "exp2, plain": lambda a, b: x[a:b, :33].contiguous().exp2(),
     }

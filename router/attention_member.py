@@ -1,6 +1,6 @@
 """One attention worker as a member of the cluster: joining, asked whether it is well, lost, coming back.
 
-What is done about each of these is the cell's business (router/cell.py); here is only how it is noticed. States:
+What is done about each of these is the cell's business (router/cell/); here is only how it is noticed. States:
 router/worker_state.py.
 """
 

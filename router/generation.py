@@ -12,7 +12,8 @@ from typing import Any
 from grokmoe.errors import GrokmoeError
 from grokmoe.step_plan import LogprobTable
 from router.admission import CallContext
-from router.sequence import FinishReason, Request, Sequence
+from router.request import Request
+from router.sequence import FinishReason, Sequence
 from router.step import Drawn
 
 NOBODY = CallContext()

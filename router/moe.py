@@ -17,6 +17,7 @@ from grokmoe.errors import InternalError
 from grokmoe.model_config import ModelConfig
 from router import dispatch
 from router.experts import ExpertPool
+from router.experts.answers import RowsWithoutAnswer
 from router.gating import gate
 from router.legs import Legs
 
@@ -93,16 +94,18 @@ class RemoteMoe:
             x_TD = x_TD.index_fill(0, torch.tensor(sorted(self.faulty_rows)), 0.0)
         try:
             out_TD = await self._fill(layer, x_TD)
-        except InternalError as error:
+        except InternalError:
             out_TD = await self._fill_in_parts(layer, x_TD)
-            if len(self.faulty_rows) == len(x_TD):
-                raise error
         if self.faulty_rows:
+            if len(self.faulty_rows) == len(x_TD):
+                raise InternalError("the experts have no answer for any row of this step")
             out_TD = out_TD.index_fill(0, torch.tensor(sorted(self.faulty_rows)), torch.nan)
         return out_TD
 
-    async def _fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
-        """Workers are chosen before the gate says which experts are needed: that is one hand-over to the compute thread
+    async def _fill(self, layer: int, x_TD: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """first: the place of the first of these rows in the step.
+
+        Workers are chosen before the gate says which experts are needed: that is one hand-over to the compute thread
         and not two. An expert without a worker costs nothing unless rows turn out to be for it."""
         workers = self._pool.choose(layer)
         inline = x_TD.numel() <= INLINE_ELEMENTS
@@ -111,10 +114,16 @@ class RemoteMoe:
         else:
             plan, rows_ND = await self._compute.run(self._scatter, layer, x_TD, workers)
         self._counter.add(layer, plan)
-        out_ND = await self._pool.forward(self._lane, layer, plan.shards, rows_ND, self._legs, self._deadline)
-        if inline:
-            return self._combine(plan, out_ND)
-        return await self._compute.run(self._combine, plan, out_ND)
+        is_complete = True
+        try:
+            out_ND = await self._pool.forward(self._lane, layer, plan.shards, rows_ND, self._legs, self._deadline)
+        except RowsWithoutAnswer as error:
+            out_ND, is_complete = error.rows_ND, False
+        out_TD = self._combine(plan, out_ND) if inline else await self._compute.run(self._combine, plan, out_ND)
+        if not is_complete:
+            is_faulty_T = torch.isnan(out_TD).any(1) & torch.isfinite(x_TD).all(1)
+            self.faulty_rows.update((first + is_faulty_T.nonzero().flatten()).tolist())
+        return out_TD
 
     async def _fill_in_parts(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Finds the rows at fault, which `_fill` has failed for: the same rows again, in ever smaller parts at a time.
@@ -128,7 +137,7 @@ class RemoteMoe:
                 if (size := math.ceil(len(part) / MAX_PARTS))
                 for begin in range(0, len(part), size)
             ]
-            tries = (self._fill(layer, x_TD[part.start : part.stop]) for part in parts)
+            tries = (self._fill(layer, x_TD[part.start : part.stop], part.start) for part in parts)
             outcomes = await asyncio.gather(*tries, return_exceptions=True)
             suspects = []
             for part, outcome in zip(parts, outcomes, strict=True):

@@ -11,95 +11,16 @@ pages.
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import enum
-from collections.abc import Iterator
-from typing import Protocol
 
 from grokmoe.errors import GrokmoeError, InternalError, InvalidRequest, Reason
 from grokmoe.step_plan import TokenSampling
 from router.fair_share import Place
+from router.request import Constraint, Request
 
 SUSPECT_AFTER = 2
 """Lost workers after which a sequence may be what kills them: one may be anybody's bad luck. Well below the number of
 them that ends a request (EngineSettings.max_migrations), so that nobody innocent comes near it."""
-
-_SEED_STEP = 0x9E3779B97F4A7C15
-_SEED_MASK = (1 << 64) - 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How tokens are drawn; the defaults change nothing. Temperature 0 is greedy. Meanings: generation.proto."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether the tokens that are there already matter."""
-        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
-
-    def seed_of(self, index: int) -> int:
-        """The seed of one candidate; the first has the request's."""
-        return (self.seed + index * _SEED_STEP) & _SEED_MASK
-
-
-class Constraint(Protocol):
-    """What a structured output allows next; router/structured.py."""
-
-    def allowed(self) -> bytes:
-        """The mask of the next token, as TokenSampling.allowed. Raises InvalidRequest when there can be none."""
-
-    def accept(self, token_id: int) -> bool:
-        """Takes the token drawn. False: it was not allowed. Raises InvalidRequest when the grammar costs too much."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing can follow."""
-
-
-class Grammar(Protocol):
-    """A compiled structured output."""
-
-    def start(self) -> Constraint:
-        """The state before the first token."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a client asked for, validated.
-
-    n: candidates.
-    max_tokens: 0 computes the prompt and draws nothing.
-    stop_ids: ids that end generation when drawn, but not before `min_tokens`.
-    logprobs, prompt_logprobs: log-probabilities of so many most likely tokens wanted, of those drawn and of the
-        prompt's; None: none, -1: of the whole vocabulary.
-    grammar: what form the output must have.
-    resumed_ids: output that the caller has already, from before its stream broke; it counts as output in every way.
-    logits: the logits of every position are wanted.
-    """
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingSettings = SamplingSettings()
-    n: int = 1
-    max_tokens: int = 128
-    min_tokens: int = 0
-    stop_ids: frozenset[int] = frozenset()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
-    resumed_ids: tuple[int, ...] = ()
-    logits: bool = False
 
 
 class FinishReason(enum.StrEnum):
@@ -327,51 +248,3 @@ def _advance(constraint: Constraint, token_id: int) -> bool:
     if not is_complete:
         constraint.allowed()
     return is_complete
-
-
-def _arrival_of(sequence: Sequence) -> Place:
-    return sequence.arrival
-
-
-class SequenceQueue:
-    """Sequences in order of arrival, oldest first.
-
-    A sorted list. A new arrival is appended; what comes back after preemption finds its old place. Taking out the
-    first of thousands moves their pointers in one memmove, a microsecond or two.
-    """
-
-    def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
-
-    def __reversed__(self) -> Iterator[Sequence]:
-        return reversed(self._sequences)
-
-    @property
-    def oldest(self) -> Sequence:
-        """The first. The queue is not empty."""
-        return self._sequences[0]
-
-    def add(self, sequence: Sequence) -> None:
-        """Puts a sequence in its place."""
-        index = self._find(sequence)
-        assert index == len(self) or self._sequences[index].arrival != sequence.arrival, "arrival is not unique"
-        self._sequences.insert(index, sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it stands."""
-        index = self._find(sequence)
-        assert self._sequences[index : index + 1] == [sequence], f"not in the queue: {sequence}"
-        del self._sequences[index]
-
-    def clear(self) -> None:
-        """Takes all out."""
-        self._sequences.clear()
-
-    def _find(self, sequence: Sequence) -> int:
-        return bisect.bisect_left(self._sequences, sequence.arrival, key=_arrival_of)

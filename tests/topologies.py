@@ -34,7 +34,7 @@ from router.config import RouterSettings
 from router.engine import Engine
 from router.loading import build_engine, load_model
 from router.placement import spread
-from router.sequence import Request
+from router.request import Request
 from router.transport.grpc_attention import GrpcAttentionLink
 from router.transport.grpc_expert import GrpcExpertLink
 from router.transport.local import LocalAttentionLink
@@ -200,7 +200,7 @@ async def greedy(engine: Engine, prompt: Sequence[int], num_tokens: int) -> list
 
 def request(prompt: Sequence[int], num_tokens: int, logits: bool = False) -> Request:
     """A greedy request that only its length ends."""
-    from router.sequence import SamplingSettings
+    from router.request import SamplingSettings
 
     return Request(
         request_id=f"test-{next(_NUMBERS)}",

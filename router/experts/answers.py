@@ -6,7 +6,31 @@ import math
 
 import torch
 
+from grokmoe.errors import InternalError
 from router.transport.base import CorruptReply
+
+
+class NotFinite(CorruptReply):
+    """An answer of the right form, in which some numbers are none.
+
+    rows_ND: the answer.
+    """
+
+    def __init__(self, rows_ND: torch.Tensor) -> None:
+        num_bad = len(rows_ND) - int(_finite_rows(rows_ND).sum())
+        super().__init__(f"{num_bad} of {len(rows_ND)} rows hold NaN or infinity")
+        self.rows_ND = rows_ND
+
+
+class RowsWithoutAnswer(InternalError):
+    """Two holders agree that some rows have no finite answer.
+
+    rows_ND: NaN for these, the answers to all others.
+    """
+
+    def __init__(self, rows_ND: torch.Tensor) -> None:
+        super().__init__(f"2 expert workers agree on an answer that cannot be: {NotFinite(rows_ND).message}")
+        self.rows_ND = rows_ND
 
 
 def check_answer(rows_ND: torch.Tensor, out_ND: torch.Tensor, check_finite: bool) -> None:
@@ -19,8 +43,19 @@ def check_answer(rows_ND: torch.Tensor, out_ND: torch.Tensor, check_finite: bool
             f"the answer is {out_ND.dtype} {list(out_ND.shape)}, the rows were {rows_ND.dtype} {list(rows_ND.shape)}"
         )
     if check_finite and not is_finite(out_ND) and is_finite(rows_ND):
-        num_bad = int((~torch.isfinite(out_ND)).any(1).sum())
-        raise CorruptReply(f"{num_bad} of {len(out_ND)} rows hold NaN or infinity")
+        raise NotFinite(out_ND)
+
+
+def merge(first_ND: torch.Tensor, second_ND: torch.Tensor) -> torch.Tensor:
+    """Two answers to the same rows as one: each row from whichever has it finite, the second if both have; NaN where
+    neither has, for the two agree that there is none."""
+    is_first_good_N1, is_second_good_N1 = _finite_rows(first_ND)[:, None], _finite_rows(second_ND)[:, None]
+    out_ND = torch.where(is_second_good_N1, second_ND, first_ND)
+    return out_ND.masked_fill(~(is_first_good_N1 | is_second_good_N1), torch.nan)
+
+
+def _finite_rows(rows_ND: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(rows_ND).all(1)
 
 
 def is_finite(rows_ND: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ ceiling or the end of the step's time, it is given up in any case.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import torch
 
 from grokmoe.errors import DeadlineExceeded, FailedPrecondition, GrokmoeError, InternalError, Reason, Unavailable
 from router.dispatch import Shard
-from router.experts.answers import check_answer
+from router.experts.answers import NotFinite, check_answer, merge
 from router.experts.counters import Cause
 from router.experts.latency import call_deadline
 from router.experts.member import ExpertMember
@@ -27,12 +28,13 @@ from router.worker_state import WorkerEvent
 class AttemptFailed(Exception):
     """A worker gave no answer that can be used; it is out of use, unless it only has the experts no more.
 
-    error: why, in the worker's words.
+    error: why, in the worker's words. unsure_ND: its answer, if only some rows of it cannot be true.
     """
 
     def __init__(self, cause: Cause, error: GrokmoeError) -> None:
         super().__init__(error.message)
         self.cause, self.error = cause, error
+        self.unsure_ND = error.rows_ND if isinstance(error, NotFinite) else None
 
 
 class Attempts:
@@ -52,10 +54,13 @@ class Attempts:
         rows_ND: torch.Tensor,
         num_attempts: int,
         give_up_at: float,
+        unsure_ND: torch.Tensor | None = None,
     ) -> ExpertReply:
         """Sends the rows of a shard to a worker, whoever the shard names.
 
         num_attempts: how often these rows have been sent before. give_up_at: end of the step's time, monotonic.
+        unsure_ND: an answer of another attempt, of which some rows are not finite. If some of this one are not, either,
+        the reply is what the two have together, and the worker is not to blame: it may be the rows.
         Raises AttemptFailed, ExpertsUnavailable at `give_up_at`, or what says that the request is at fault.
         """
         members, settings, num_rows = self._members, self._members.settings, rows_ND.shape[0]
@@ -79,7 +84,7 @@ class Attempts:
         try:
             async with scope:
                 reply = await member.link.forward(lane, layer, shard.expert_ids, shard.counts, rows_ND, longest)
-            check_answer(rows_ND, reply.rows_ND, settings.check_finite)
+            reply = self._checked(rows_ND, reply, unsure_ND)
         except (TimeoutError, DeadlineExceeded) as error:
             elapsed = time.monotonic() - begin
             if time.monotonic() >= give_up_at:
@@ -116,6 +121,17 @@ class Attempts:
         member.latency.add(ahead, time.monotonic() - begin)
         member.report(num_rows, reply)
         members.note_revision(member, reply.revision)
+        return reply
+
+    def _checked(self, rows_ND: torch.Tensor, reply: ExpertReply, unsure_ND: torch.Tensor | None) -> ExpertReply:
+        """A reply that can be used. Raises CorruptReply when it cannot."""
+        try:
+            check_answer(rows_ND, reply.rows_ND, self._members.settings.check_finite)
+        except NotFinite:
+            if unsure_ND is None:
+                raise
+            self._members.counters.corrupt += 1
+            return dataclasses.replace(reply, rows_ND=merge(unsure_ND, reply.rows_ND))
         return reply
 
     def _failed(self, member: ExpertMember, cause: Cause, error: GrokmoeError) -> AttemptFailed:

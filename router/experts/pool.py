@@ -17,6 +17,7 @@ import torch
 from grokmoe.errors import InternalError
 from grokmoe.model_config import ModelConfig
 from router.dispatch import Shard, reassign
+from router.experts.answers import RowsWithoutAnswer, is_finite
 from router.experts.attempt import AttemptFailed, Attempts
 from router.experts.counters import Cause
 from router.experts.hedging import hedge_after, hedged, second_holder
@@ -32,7 +33,8 @@ MAX_FAULTS = 2
 """Workers that may fail on the same rows before the rows are taken to be at fault."""
 
 MAX_CORRUPT = 1
-"""Workers whose answers may be no numbers. A second one that agrees is right: the rows have no finite answer."""
+"""Answers that may be none. If the numbers of the next one are none, too, the two are taken together, row by row: rows
+that are finite in neither have no finite answer."""
 
 MAX_ATTEMPTS = 8
 """How often the same rows are sent, once the time to wait for a holder is over: workers that answer probes and fail
@@ -41,12 +43,20 @@ calls would keep them for ever."""
 
 @dataclasses.dataclass(frozen=True)
 class _Past:
-    """What has become of some rows so far: how often they were sent, and when the first worker failed on them."""
+    """What has become of some rows so far: how often they were sent, and when the first worker failed on them.
+
+    unsure_ND: an answer of which some rows are not finite.
+    """
 
     num_attempts: int = 0
     num_faults: int = 0
     num_corrupt: int = 0
     failed_at: float | None = None
+    unsure_ND: torch.Tensor | None = None
+
+    def of(self, begin: int, end: int) -> _Past:
+        """The same of some of the rows."""
+        return self if self.unsure_ND is None else dataclasses.replace(self, unsure_ND=self.unsure_ND[begin:end])
 
     def after(self, failed: AttemptFailed) -> _Past:
         """One more failure. Raises the worker's error when the rows seem to be at fault."""
@@ -56,12 +66,23 @@ class _Past:
             num_faults=self.num_faults + (failed.cause is Cause.INTERNAL),
             num_corrupt=self.num_corrupt + (failed.cause is Cause.CORRUPT),
             failed_at=self.failed_at or time.monotonic(),
+            unsure_ND=self.unsure_ND if failed.unsure_ND is None else failed.unsure_ND,
         )
         if past.num_faults > MAX_FAULTS:
             raise failed.error
         if past.num_corrupt > MAX_CORRUPT:
             raise InternalError(f"{past.num_corrupt} expert workers agree on an answer that cannot be: {failed.error}")
         return past
+
+
+@dataclasses.dataclass
+class _Round:
+    """One call of `forward`: where its rows go, until when they matter, and whether any of them have no answer."""
+
+    lane: int
+    layer: int
+    until: float
+    is_incomplete: bool = False
 
 
 class ExpertPool(ExpertMembers):
@@ -101,15 +122,15 @@ class ExpertPool(ExpertMembers):
         shards: may name NOBODY; such a shard waits for a holder, the others do not.
         deadline: when the step's time is over, monotonic; None: it has no end.
         Raises ExpertsUnavailable when an expert has no holder left for too long, InternalError when the rows have no
-        answer.
+        answer: RowsWithoutAnswer, with the answers to the others, when only some have no finite one.
         """
         begin = time.perf_counter()
-        until = float("inf") if deadline is None else deadline
+        this = _Round(lane, layer, float("inf") if deadline is None else deadline)
         if len(shards) == 1:
-            replies = [await self._shard(lane, layer, shards[0], rows_ND, until, _Past())]
+            replies = [await self._shard(this, shards[0], rows_ND, _Past())]
         else:
             replies = await _gather(
-                [self._shard(lane, layer, shard, rows_ND[shard.begin : shard.end], until, _Past()) for shard in shards]
+                [self._shard(this, shard, rows_ND[shard.begin : shard.end], _Past()) for shard in shards]
             )
         total = time.perf_counter() - begin
         if not replies:
@@ -119,11 +140,12 @@ class ExpertPool(ExpertMembers):
         legs.add("queue", slowest.queue)
         legs.add("expert", slowest.compute)
         legs.add("wire", max(0.0, total - slowest.queue - slowest.compute))
-        return replies[0].rows_ND if len(replies) == 1 else torch.cat([reply.rows_ND for reply in replies])
+        out_ND = replies[0].rows_ND if len(replies) == 1 else torch.cat([reply.rows_ND for reply in replies])
+        if this.is_incomplete:
+            raise RowsWithoutAnswer(out_ND)
+        return out_ND
 
-    async def _shard(
-        self, lane: int, layer: int, shard: Shard, rows_ND: torch.Tensor, until: float, past: _Past
-    ) -> ExpertReply:
+    async def _shard(self, this: _Round, shard: Shard, rows_ND: torch.Tensor, past: _Past) -> ExpertReply:
         begin = time.monotonic()
         while True:
             member = self.find(shard.worker)
@@ -131,22 +153,24 @@ class ExpertPool(ExpertMembers):
                 if past.failed_at is not None:
                     self._check_patience(past)
                 try:
-                    return await self._call(member, lane, layer, shard, rows_ND, until, past.num_attempts)
+                    reply = await self._call(this, member, shard, rows_ND, past)
                 except AttemptFailed as failed:
                     past = past.after(failed)
                     self.counters.retries[failed.cause] += 1
+                else:
+                    # Rows that were not finite when they were sent are never unsure.
+                    this.is_incomplete |= past.unsure_ND is not None and not is_finite(reply.rows_ND)
+                    return reply
             waiting_since = begin if past.failed_at is None else past.failed_at
-            give_up_at = min(until, waiting_since + self.settings.replica_wait)
-            workers = await self.wait_for(layer, shard.expert_ids, give_up_at)
+            give_up_at = min(this.until, waiting_since + self.settings.replica_wait)
+            workers = await self.wait_for(this.layer, shard.expert_ids, give_up_at)
             parts = reassign(shard, workers)
             if len(parts) > 1:
                 break
             shard = parts[0]
+        cuts = [(part, part.begin - shard.begin, part.end - shard.begin) for part in parts]
         replies = await _gather(
-            [
-                self._shard(lane, layer, part, rows_ND[part.begin - shard.begin : part.end - shard.begin], until, past)
-                for part in parts
-            ]
+            [self._shard(this, part, rows_ND[begin:end], past.of(begin, end)) for part, begin, end in cuts]
         )
         return ExpertReply(
             torch.cat([reply.rows_ND for reply in replies]),
@@ -161,17 +185,14 @@ class ExpertPool(ExpertMembers):
             raise ExpertsUnavailable(f"{past.num_attempts} calls have failed in {waited:.1f} s")
 
     async def _call(
-        self,
-        member: ExpertMember,
-        lane: int,
-        layer: int,
-        shard: Shard,
-        rows_ND: torch.Tensor,
-        until: float,
-        num_attempts: int,
+        self, this: _Round, member: ExpertMember, shard: Shard, rows_ND: torch.Tensor, past: _Past
     ) -> ExpertReply:
+        layer = this.layer
+
         def call(member: ExpertMember) -> Coroutine[Any, Any, ExpertReply]:
-            return self._attempts.call(member, lane, layer, shard, rows_ND, num_attempts, until)
+            return self._attempts.call(
+                member, this.lane, layer, shard, rows_ND, past.num_attempts, this.until, past.unsure_ND
+            )
 
         seconds = hedge_after(member.latency, member.load + rows_ND.shape[0], self.counters, self.settings)
         if seconds is None:

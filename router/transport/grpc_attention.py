@@ -24,7 +24,7 @@ from router.transport.worker_access import PLAIN, WorkerAccess
 SERVICE = "grokmoe.v1.Attention"
 
 HOLE_TIMEOUT = 120.0
-"""Seconds an attention worker may take between two messages of a step, if nobody else cuts it off (router/cell.py)."""
+"""Seconds an attention worker may take between two messages of a step, if nobody else cuts it off (router/cell/)."""
 
 
 def new_router_id() -> str:

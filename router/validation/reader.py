@@ -13,7 +13,7 @@ from grokmoe.errors import InvalidRequest, Reason
 from grokmoe.model_config import ModelConfig
 from grokmoe.step_plan import WHOLE_VOCABULARY
 from grokmoe.v1 import generation_pb2 as pb
-from router.sequence import Grammar, Request
+from router.request import Grammar, Request
 from router.structured import Format, GrammarCompiler
 from router.text import TextSettings
 from router.validation.prompt import Prompt, PromptReader

@@ -8,7 +8,7 @@ import secrets
 from grokmoe.errors import InvalidRequest
 from grokmoe.model_config import ModelConfig
 from grokmoe.v1 import generation_pb2 as pb
-from router.sequence import SamplingSettings
+from router.request import SamplingSettings
 
 DEFAULT_TEMPERATURE = 1.0
 MAX_TEMPERATURE = 100.0

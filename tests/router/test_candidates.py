@@ -8,7 +8,8 @@ import pytest
 
 from grokmoe.errors import AlreadyExists, ResourceExhausted
 from router.admission import AdmissionSettings
-from router.sequence import FinishReason, SamplingSettings
+from router.request import SamplingSettings
+from router.sequence import FinishReason
 from tests.router.tiny import (
     PAGE_SIZE,
     TIMEOUT,

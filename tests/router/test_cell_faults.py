@@ -18,7 +18,7 @@ from router.engine import Engine
 from router.generation import Generation
 from router.legs import Legs
 from router.probing import ProbeSettings
-from router.sequence import SamplingSettings
+from router.request import SamplingSettings
 from router.step_deadline import StepDeadlineSettings
 from router.transport.base import AttentionLink, Hole
 from router.worker_state import WorkerState

@@ -86,7 +86,7 @@ def test_suspects_and_others_take_turns() -> None:
             for generation in old:
                 generation.sequences[0].num_migrations = SUSPECT_AFTER
             scheduler: Any = engine.cells[0].scheduler
-            scheduler._has_suspects = True
+            scheduler._turns.has_suspects = True
             new = [engine.submit(golden_request(prompt)) for prompt in ("len1", "len7")]
             begin = scheduler._begin
 

@@ -15,7 +15,7 @@ from router.admission import AdmissionSettings
 from router.engine import Engine
 from router.experts import ExpertPoolSettings
 from router.legs import Legs
-from router.sequence import SamplingSettings
+from router.request import SamplingSettings
 from router.transport.base import AttentionInfo, ExpertLink, Hole
 from router.transport.local import LocalAttentionLink
 from router.worker_state import WorkerState
@@ -265,7 +265,7 @@ class TestLostAttention:
                 assert held.ends[1].cancelled(), "the other lane need not wait for an answer any more"
                 for generation, prompt in zip(generations, prompts, strict=True):
                     assert await tokens_of(generation) == golden_tokens(prompt)
-                assert not any(task.done() for task in engine.cells[0]._tasks), "both lanes are alive"
+                assert not any(task.done() for task in engine.cells[0]._lanes._tasks), "both lanes are alive"
 
         asyncio.run(main())
 

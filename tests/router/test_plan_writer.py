@@ -7,7 +7,8 @@ from typing import Any
 
 from grokmoe.step_plan import LogprobTable, StepResult, TokenScoring, pack_ids
 from router.plan_writer import read_extras, write_plan
-from router.sequence import Request, SamplingSettings, Sequence
+from router.request import Request, SamplingSettings
+from router.sequence import Sequence
 from router.step import Chunk, Step
 
 

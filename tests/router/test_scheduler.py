@@ -20,8 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from grokmoe.errors import ConfigError, InvalidRequest
 from router import pages
 from router.pages import PageLedger
+from router.request import Request
 from router.scheduler import Scheduler
-from router.sequence import FinishReason, Request, Sequence, SequenceState
+from router.sequence import FinishReason, Sequence, SequenceState
 from router.step import Chunk, SchedulerSettings, Step
 
 VOCAB_SIZE = 3

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grokmoe.errors import InternalError, InvalidRequest
-from router.sequence import FinishReason, Request, Sequence, SequenceQueue, SequenceState
+from router.request import Request
+from router.scheduler.queue import SequenceQueue
+from router.sequence import FinishReason, Sequence, SequenceState
 
 
 def make(prompt: tuple[int, ...] = (1, 2, 3), arrival: int = 0) -> Sequence:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.sequence import Request, Sequence
+from router.request import Request
+from router.sequence import Sequence
 from router.step import Chunk, Step
 from router.step_times import POSITION_WORK, WINDOW, StepTimes, work_of
 

@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 from grokmoe.errors import FailedPrecondition, InvalidRequest, Reason
 from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
-from router.sequence import Request, SamplingSettings
+from router.request import Request, SamplingSettings
 from router.structured import GrammarCompiler
 from router.text import TextSettings
 from router.validation import Accepted, PromptReader, RequestReader, prompt

@@ -30,7 +30,7 @@ from router.experts import ExpertPool, ExpertPoolSettings
 from router.generation import Generation
 from router.legs import Legs
 from router.moe import Gates, LocalMoe, RemoteMoe, RowCounter
-from router.sequence import Request, SamplingSettings
+from router.request import Request, SamplingSettings
 from router.step import SchedulerSettings
 from router.transport.base import AttentionInfo, AttentionLink, ExpertInfo, ExpertLink, ExpertReply, Hole
 from router.transport.local import LocalAttentionLink, LocalExpertLink

@@ -1,0 +1,44 @@
+"""Whose fault it is that a sequence came out as something that is not finite. Changes nothing but the sequences' books.
+
+The first time it may be the worker's: the sequence is recomputed, elsewhere if it can be. The second time it is the
+request that ends, and at once if it was the experts that had no finite answer: wherever they were asked, they agreed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+from grokmoe.errors import InternalError
+from router.sequence import Sequence
+from router.step import Step
+
+MAX_FAULTS = 1
+"""Times that a sequence may come out as something that is not finite and be recomputed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blame:
+    """is_workers: the worker may be at fault. ending: sequences whose requests end, and why."""
+
+    is_workers: bool
+    ending: list[tuple[Sequence, InternalError]]
+
+
+def blame_for(step: Step, faulty: Collection[int], by_experts: Collection[int], worker: str) -> Blame:
+    """Counts one fault more for the sequence of every faulty chunk, and judges.
+
+    faulty: places of chunks in the step; by_experts: those that the experts had no finite answer for. worker: its name.
+    """
+    is_workers, ending = False, []
+    for place in faulty:
+        sequence = step.chunks[place].sequence
+        sequence.num_faults += 1
+        if place in by_experts:
+            ending.append((sequence, InternalError("no expert worker has a finite answer for this request")))
+        elif sequence.num_faults > MAX_FAULTS:
+            message = f"what {worker} computed for this request is not finite, and was not elsewhere before"
+            ending.append((sequence, InternalError(message)))
+        else:
+            is_workers = True
+    return Blame(is_workers, ending)
