@@ -76,6 +76,7 @@ class ExpertMembers:
             member.name,
             lambda: member.note(WorkerEvent.AWAY),
         )
+        link.watch(lambda why: self.lose(member, WorkerEvent.FAILED, why))
         return member
 
     async def connect(self, member: ExpertMember) -> None:

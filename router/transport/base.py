@@ -6,7 +6,7 @@ Letters: T tokens, N rows, D hidden.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -158,6 +158,10 @@ class ExpertLink(Protocol):
 
     async def unload(self, config_hash: str, experts: Sequence[ExpertLayers]) -> None:
         """Has the worker give experts up; what it does not hold is no error. Raises Unavailable when it is lost."""
+
+    def watch(self, on_end: Callable[[str], None]) -> None:
+        """on_end: from now on told why when the worker goes away while no call is under way."""
+        ...
 
     def reset(self, lane: int) -> None:
         """Abandons all that is under way on a lane, and what the worker still owes: those calls are Unavailable."""

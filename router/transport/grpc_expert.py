@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -30,7 +30,11 @@ class _ExpertStream:
     An answer to a call that has been given up, a second one, and one to an id that was never used are discarded.
     """
 
-    def __init__(self, channel: WorkerChannel, max_rows: int, width: int | None) -> None:
+    def __init__(
+        self, channel: WorkerChannel, max_rows: int, width: int | None, on_end: Callable[[str], None]
+    ) -> None:
+        """on_end: told why when the worker has ended the stream and no call is there to notice."""
+        self._on_end = on_end
         self._stream = Stream(channel, f"/{SERVICE}/Forward")
         self._rows: tensors.RowAssembler[expert_pb2.ForwardResponse] = tensors.RowAssembler(
             expert_pb2.ForwardResponse, "request_id", max_rows, width
@@ -84,7 +88,10 @@ class _ExpertStream:
                 if message is not None:
                     self._settle(message[0].request_id, message)
         except GrokmoeError as error:
+            is_unnoticed = self.error is None and not self._waiting
             self._end(error)
+            if is_unnoticed:
+                self._on_end(error.message)
         finally:
             self._end(Unavailable("the stream was closed"))
 
@@ -119,6 +126,7 @@ class GrpcExpertLink:
         self._channel = access.open(address)
         self._lanes: dict[int, _ExpertStream] = {}
         self._max_rows, self._width = ANY_ROWS, 0
+        self._on_end: Callable[[str], None] = lambda why: None
 
     async def describe(self) -> ExpertInfo:
         """See ExpertLink."""
@@ -152,7 +160,7 @@ class GrpcExpertLink:
         """See ExpertLink."""
         stream = self._lanes.get(lane)
         if stream is None or stream.error is not None:
-            stream = self._lanes[lane] = _ExpertStream(self._channel, self._max_rows, self._width or None)
+            stream = self._lanes[lane] = _ExpertStream(self._channel, self._max_rows, self._width or None, self._on_end)
         request = expert_pb2.ForwardRequest(layer=layer, expert_ids=expert_ids, counts=counts)
         if timeout is not None:
             request.timeout_ms = max(1, int(timeout * 1000))
@@ -179,6 +187,10 @@ class GrpcExpertLink:
             return await self._channel.unary(f"/{SERVICE}/{method}", request, response, timeout)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
+
+    def watch(self, on_end: Callable[[str], None]) -> None:
+        """See ExpertLink."""
+        self._on_end = on_end
 
     def reset(self, lane: int) -> None:
         """See ExpertLink."""

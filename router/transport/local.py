@@ -139,6 +139,9 @@ class LocalExpertLink:
     def _hold(self, pairs: set[Pair]) -> None:
         self._info = dataclasses.replace(self._info, experts=ranges_of(pairs), revision=self._info.revision + 1)
 
+    def watch(self, on_end: Callable[[str], None]) -> None:
+        """See ExpertLink. It never goes away."""
+
     def reset(self, lane: int) -> None:
         """See ExpertLink. A lane keeps nothing here."""
 

@@ -398,6 +398,21 @@ class TestExperts:
 
         asyncio.run(main())
 
+    def test_a_worker_that_leaves_is_noticed_without_a_call(self, address: Path) -> None:
+        async def main() -> None:
+            noticed: list[str] = []
+            async with linked(GrpcExpertLink(f"unix:{address}")) as link:
+                link.watch(noticed.append)
+                async with SlowExperts(address):
+                    await check_call(link, 0)
+                    link.reset(0)
+                    await check_call(link, 1)
+                    assert not noticed, "what we end ourselves is no news"
+                await until(lambda: bool(noticed))
+            assert len(noticed) == 1
+
+        asyncio.run(main())
+
     def test_nobody_at_the_address(self, tmp_path: Path) -> None:
         async def main() -> None:
             async with linked(GrpcExpertLink(f"unix:{tmp_path}/nobody")) as link:
