@@ -20,12 +20,14 @@ class RowsApart:
     """Rows that a kernel computes one by one, int64 each.
 
     rows_R: which. Row t sees the first num_keys_T[t] slots of the pages from pages[offsets_T[t]] on.
+    num_keys: of all these rows together.
     """
 
     rows_R: torch.Tensor
     pages: torch.Tensor
     offsets_T: torch.Tensor
     num_keys_T: torch.Tensor
+    num_keys: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class StepBatch:
         if most_tokens is not None:
             rows = rows[np.repeat(spans.length_C <= most_tokens, spans.length_C)]
         offsets_T = torch.from_numpy(np.repeat(spans.page_offset_C, spans.length_C))
-        return RowsApart(torch.from_numpy(rows), torch.from_numpy(spans.pages), offsets_T, self.positions_T + 1)
+        num_keys_T = self.positions_T + 1
+        num_keys = int(num_keys_T.numpy()[rows].sum())
+        return RowsApart(torch.from_numpy(rows), torch.from_numpy(spans.pages), offsets_T, num_keys_T, num_keys)
 
     def tile_groups(self, shape: TileShape, more_than: int = 0) -> tuple[TileGroup, ...]:
         """The tiling of the chunks of more tokens than that, planned at the step's first layer and kept for the

@@ -36,9 +36,7 @@ def paged_attention(
     always_apart = deterministic or q_THd.dtype is torch.float32
     apart = batch.rows_apart(None if always_apart else MOST_ROWS_APART)
     if len(apart.rows_R):
-        cpu_rows.attend(
-            out_TD, q_THd, k_KPSd, v_KPSd, apart.rows_R, apart.pages, apart.offsets_T, apart.num_keys_T, scale, cap
-        )
+        cpu_rows.attend(out_TD, q_THd, k_KPSd, v_KPSd, apart, scale, cap)
     if len(apart.rows_R) < num_rows:
         shape = TileShape(num_heads, num_kv_heads, head_dim, num_pages, page_size, q_THd.element_size())
         groups = batch.tile_groups(shape, MOST_ROWS_APART)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from attention_worker.kernels.cpu_weights import HIGHEST, LOWEST, exponent, exponents
+from attention_worker.step_batch import RowsApart
 from grokmoe.native import array, as_f32, clamped, entry, exp2, inner, loop, put, share, wide
 
 NONE_YET = np.float32(-3.0e38)
@@ -24,6 +25,9 @@ NONE_YET = np.float32(-3.0e38)
 
 BLOCK = 32
 """Keys between two looks at the largest score. Fixed, so that the size of pages does not change a row's bits."""
+
+GRAIN_KEYS = 512
+"""Keys of one head that a thread does in about ten microseconds."""
 
 AT_ONCE = 4
 """Values that are added up together: the sums then are loaded and stored a fourth as often. Divides BLOCK."""
@@ -83,7 +87,7 @@ def _read(cache_XSd: Any, first_page: int, pages: Any, offset: int, first_key: i
             out_Bd[s, i] = np.float32(0.0)
 
 
-@loop(grain=2)
+@loop(grain=1)
 def _attend(element: Any) -> Any:
     @entry
     def run(params: Any) -> None:
@@ -132,22 +136,17 @@ def attend(
     q_THd: torch.Tensor,
     k_KPSd: torch.Tensor,
     v_KPSd: torch.Tensor,
-    rows_R: torch.Tensor,
-    pages: torch.Tensor,
-    offsets_T: torch.Tensor,
-    num_keys_T: torch.Tensor,
+    apart: RowsApart,
     scale: float,
     cap: float,
 ) -> None:
-    """`reference.paged_attention` for some rows of the step, into out_THd.
-
-    rows_R: which rows. Row t sees the first num_keys_T[t] slots of pages[offsets_T[t]:]. All int64; the caller has
-    checked that the cache has those pages.
-    """
+    """`reference.paged_attention` for some rows of the step, into out_THd. The caller has checked that the cache has
+    their pages."""
     num_tokens, num_heads, head_dim = q_THd.shape
     num_kv_heads, num_pages, page_size, _ = k_KPSd.shape
+    size = len(apart.rows_R) * num_kv_heads
     _attend(
-        q_THd.dtype, len(rows_R) * num_kv_heads, num_tokens, num_heads, num_kv_heads, head_dim, num_pages, page_size,
-        *exponents(scale, cap),
-        q_THd, out_THd, k_KPSd, v_KPSd, rows_R, offsets_T, num_keys_T, pages, len(pages),
+        q_THd.dtype, size, num_tokens, num_heads, num_kv_heads, head_dim, num_pages, page_size, *exponents(scale, cap),
+        q_THd, out_THd, k_KPSd, v_KPSd, apart.rows_R, apart.offsets_T, apart.num_keys_T, apart.pages, len(apart.pages),
+        grain=max(1, GRAIN_KEYS * len(apart.rows_R) // apart.num_keys),
     )  # fmt: skip

@@ -48,16 +48,22 @@ class Loop:
             address = self._addresses[dtype] = self._build(_ELEMENTS[dtype]).address
         return address
 
-    def __call__(self, dtype: torch.dtype, size: int, *args: torch.Tensor | int | float) -> None:
-        """Runs over `size` rows with the entry of `dtype`. Tensors go as their addresses: they must be contiguous where
-        the entry takes them to be, and stay alive; floats go as the bits of a float32."""
+    def __call__(
+        self, dtype: torch.dtype, size: int, *args: torch.Tensor | int | float, grain: int | None = None
+    ) -> None:
+        """Runs over `size` rows with the entry of `dtype`. grain: for rows that are not of the usual size.
+
+        Tensors go as their addresses: they must be contiguous where the entry takes them to be, and stay alive; floats
+        go as the bits of a float32.
+        """
         if size == 0:
             return
         params = (ctypes.c_int64 * (len(args) + 1))(size, *map(_value, args))
         address = self.compile(dtype)
-        if size < 2 * self._grain:
+        grain = grain or self._grain
+        if size < 2 * grain:
             _brief(address)(ctypes.addressof(params))
-        elif (num_threads := min(team.num_threads(), size // self._grain)) > 1:
+        elif (num_threads := min(team.num_threads(), size // grain)) > 1:
             team.run(address, ctypes.addressof(params), num_threads)
         else:
             _long(address)(ctypes.addressof(params))
