@@ -67,7 +67,7 @@ class Sequence:
         num_acquitted: of these, times that it was found not to be what had killed the worker: the worker lived after
             all, or the sequence has since drawn a token in a step of its own.
         num_moves: times it left a worker for being slow.
-        num_faults: times it came out as something that is not finite.
+        num_faults: times in a row that it came out as something that is not finite.
     """
 
     __slots__ = (

@@ -25,6 +25,10 @@ RECOVERY_TIMEOUT = 90.0
 MAX_PAUSE = 0.5
 """Longest pause between two faults, seconds."""
 
+RESUME_SPAN = 4.0
+"""Seconds more before a fault of the router: clients that it broke off try again after pauses that grow. A fault that
+comes before them would be counted with the last one as a single stall."""
+
 CALM_SPAN = 2.5
 """Seconds of one undisturbed span: about those of a fault, so that the longest waits can be compared."""
 
@@ -85,7 +89,7 @@ class Campaign:
         max_pause: longest random time before it. Returns when the cluster is whole again; None if the fault met
         nobody, such as an idle worker's answers.
         """
-        await asyncio.sleep(self._draw.uniform(0.0, max_pause))
+        await asyncio.sleep(self._draw.uniform(0.0, max_pause) + (RESUME_SPAN if target in ("router", "all") else 0.0))
         async with asyncio.timeout(RECOVERY_TIMEOUT):
             await self.load.wait_decoding(1)
         node = self._draw.choice(self.cluster.of(target))

@@ -1,7 +1,7 @@
 """Whose fault it is that a sequence came out as something that is not finite. Changes nothing but the sequences' books.
 
-The first time it may be the worker's: the sequence is recomputed, elsewhere if it can be. The second time it is the
-request that ends, and at once if it was the experts that had no finite answer: wherever they were asked, they agreed.
+The first time it may be the worker's: the sequence is recomputed, elsewhere if it can be. If it then draws no token
+either, the request ends, and at once if it was the experts that had no finite answer: wherever they were asked, they agreed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from router.sequence import Sequence
 from router.step import Step
 
 MAX_FAULTS = 1
-"""Times that a sequence may come out as something that is not finite and be recomputed."""
+"""Times in a row that a sequence may come out as something that is not finite and be recomputed."""
 
 
 @dataclasses.dataclass(frozen=True)

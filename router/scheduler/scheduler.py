@@ -162,6 +162,7 @@ class Scheduler:
                 continue
             if token_id is not None:
                 sequence.append(token_id)
+                sequence.num_faults = 0  # it was the worker's: what is the sequence's own comes again at the same token
                 if is_alone and sequence.is_suspect:
                     sequence.acquit()
             elif sequence.num_to_compute:
