@@ -1,7 +1,8 @@
 """Whose fault it is that a sequence came out as something that is not finite. Changes nothing but the sequences' books.
 
 The first time it may be the worker's: the sequence is recomputed, elsewhere if it can be. If it then draws no token
-either, the request ends, and at once if it was the experts that had no finite answer: wherever they were asked, they agreed.
+either, the request ends, and at once if it was the experts that had no finite answer: wherever they were asked, they
+agreed.
 """
 
 from __future__ import annotations
