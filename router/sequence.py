@@ -67,7 +67,7 @@ class Sequence:
         num_acquitted: of these, times that it was found not to be what had killed the worker: the worker lived after
             all, or the sequence has since drawn a token in a step of its own.
         num_moves: times it left a worker for being slow.
-        num_faults: times in a row that it came out as something that is not finite.
+        num_faults: times in a row that it came out as something that is not finite; faulty_at: at which worker last.
     """
 
     __slots__ = (
@@ -76,6 +76,7 @@ class Sequence:
         "arrival",
         "constraint",
         "error",
+        "faulty_at",
         "finish_reason",
         "fixed_sampling",
         "in_flight",
@@ -128,7 +129,7 @@ class Sequence:
         self.num_migrations = 0
         self.num_acquitted = 0
         self.num_moves = 0
-        self.num_faults = 0
+        self.num_faults, self.faulty_at = 0, ""
 
     def __repr__(self) -> str:
         return (

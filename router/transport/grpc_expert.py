@@ -30,9 +30,7 @@ class _ExpertStream:
     An answer to a call that has been given up, a second one, and one to an id that was never used are discarded.
     """
 
-    def __init__(
-        self, channel: WorkerChannel, max_rows: int, width: int | None, on_end: Callable[[str], None]
-    ) -> None:
+    def __init__(self, channel: WorkerChannel, max_rows: int, width: int | None, on_end: Callable[[str], None]) -> None:
         """on_end: told why when the worker has ended the stream and no call is there to notice."""
         self._on_end = on_end
         self._stream = Stream(channel, f"/{SERVICE}/Forward")

@@ -151,9 +151,19 @@ class TestNotFinite:
 
         asyncio.run(main())
 
-    def test_twice_is_an_error_of_that_request_alone(self) -> None:
+    def test_where_there_is_nobody_else_it_is_tried_again_and_again(self) -> None:
         async def main() -> None:
-            async with cared(FaultyAttention({0: Fault.NAN, 1: Fault.NAN})) as engine:
+            async with cared(FaultyAttention({number: Fault.NAN for number in range(3)})) as engine:
+                assert await tokens_of(engine.submit(golden_request("len1"))) == golden_tokens("len1")
+                assert engine.faults.faulty_chunks == 3
+
+        asyncio.run(main())
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_then_it_is_an_error_of_that_request_alone(self, num_workers: int) -> None:
+        async def main() -> None:
+            faults = {number: Fault.NAN for number in range(4 if num_workers == 1 else 1)}
+            async with cared([FaultyAttention(faults) for _ in range(num_workers)], PATIENT) as engine:
                 bad = engine.submit(golden_request("len1"))
                 with pytest.raises(InternalError, match="not finite"):
                     await tokens_of(bad)
@@ -514,7 +524,7 @@ def test_whatever_happens_the_tokens_are_those_of_the_undisturbed_run(
                 try:
                     assert await tokens_of(generation) == tokens, generation.request.request_id
                 except InternalError:
-                    assert generation.sequences[0].num_faults == 2
+                    assert generation.sequences[0].num_faults >= 2
 
             await asyncio.gather(*(check(engine.submit(request), tokens) for request, tokens in expected))
             assert engine.num_running == engine.num_waiting == 0
