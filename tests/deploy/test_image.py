@@ -184,15 +184,23 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PATH": path} | more
 
 
+def show_packages(venv: Path, folder: Path) -> None:
+    """Makes the packages of this environment visible in another one; not the project itself, installed or not."""
+    folder.mkdir()
+    for path in (Path(path) for path in sys.path if path.endswith("site-packages")):
+        for entry in path.iterdir():
+            if not entry.name.startswith(("grokmoe", "__editable__")) and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    site_packages = next((venv / "lib").glob("python*")) / "site-packages"
+    (site_packages / "packages-of-this-environment.pth").write_text(f"{folder}\n")
+
+
 def test_the_project_is_packaged_whole_by_the_images_steps(tmp_path: Path) -> None:
     """COPY and RUN of the stage `project`, with the packages of this environment in place of the lock file's."""
     build = Build(tmp_path, environment())
     venv = tmp_path / "opt/grokmoe/venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=120)
-    folder = next((venv / "lib").glob("python*")) / "site-packages"
-    (folder / "packages-of-this-environment.pth").write_text(
-        "\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n"
-    )
+    show_packages(venv, tmp_path / "packages")
     build.do("project")
     (wheel,) = (tmp_path / "build/wheels").glob("grokmoe-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
