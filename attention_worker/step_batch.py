@@ -5,6 +5,7 @@ Shapes: T tokens of the step, C chunks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,8 +79,13 @@ class StepBatch:
 
     def check_pages(self, num_pages: int) -> None:
         """IndexError if a page is not in a cache of so many."""
-        if self.spans.pages.size and self.spans.pages.max() >= num_pages:
-            raise IndexError(f"page {self.spans.pages.max()} of a cache of {num_pages} pages")
+        if self._last_page >= num_pages:
+            raise IndexError(f"page {self._last_page} of a cache of {num_pages} pages")
+
+    @functools.cached_property
+    def _last_page(self) -> int:
+        """Asked for in every layer; found once."""
+        return int(self.spans.pages.max(initial=-1))
 
     def rows_apart(self, most_tokens: int | None) -> RowsApart:
         """The rows of chunks of at most so many tokens, of all chunks for None. Found once."""
