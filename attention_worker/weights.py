@@ -11,7 +11,7 @@ import torch
 
 from grokmoe import tensor_names as names
 from grokmoe.checkpoint import Checkpoint
-from grokmoe.packed_linear import PackedLinear
+from grokmoe.linear import Linear, new_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class LayerWeights:
     post_attn_norm_D: torch.Tensor
     pre_moe_norm_D: torch.Tensor
     post_moe_norm_D: torch.Tensor
-    qkv: PackedLinear
-    o_proj: PackedLinear
+    qkv: Linear
+    o_proj: Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AttentionWeights:
     embedding_VD: torch.Tensor
     layers: tuple[LayerWeights, ...]
     final_norm_D: torch.Tensor
-    head: PackedLinear
+    head: Linear
     deterministic: bool = False
 
 
@@ -62,12 +62,12 @@ def load_weights(
                 post_attn_norm_D=gain(names.norm(layer, "post_attn_norm")),
                 pre_moe_norm_D=gain(names.norm(layer, "pre_moe_norm")),
                 post_moe_norm_D=gain(names.norm(layer, "post_moe_norm")),
-                qkv=PackedLinear(qkv, deterministic),
-                o_proj=PackedLinear(read(names.attention(layer, "o_proj")), deterministic),
+                qkv=new_linear(qkv, deterministic),
+                o_proj=new_linear(read(names.attention(layer, "o_proj")), deterministic),
             )
         )
     head_VD = embedding_VD if config.tie_word_embeddings else read(names.head(config))
-    head = PackedLinear(head_VD, deterministic)
+    head = new_linear(head_VD, deterministic)
     return AttentionWeights(embedding_VD, tuple(layers), gain(names.final_norm()), head, deterministic)
 
 
@@ -75,4 +75,4 @@ def row_counts(weights: AttentionWeights) -> str:
     """The row counts that the products of a deterministic worker use, for the log."""
     layer = weights.layers[0]
     parts = {"qkv": layer.qkv, "o_proj": layer.o_proj, "head": weights.head}
-    return "; ".join(f"{name} {','.join(map(str, linear.row_counts))}" for name, linear in parts.items())
+    return "; ".join(f"{name} {','.join(map(str, linear.row_counts)) or 'any'}" for name, linear in parts.items())

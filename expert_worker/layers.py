@@ -13,10 +13,12 @@ from typing import Self
 
 import torch
 
-from expert_worker.kernels import cpu, reference
+from expert_worker.expert_dtype import INT8, SAME, check_expert_dtype
+from expert_worker.kernels import cpu, cpu_int8, cpu_panels, reference
 from grokmoe.model_config import Gelu, ModelConfig
 from grokmoe.packed_linear import PackedLinear
-from grokmoe.tensor_names import ExpertLinear
+from grokmoe.panels import to_panels
+from grokmoe.tensor_names import EXPERT_LINEARS, ExpertLinear
 
 
 class LayerWeights(abc.ABC):
@@ -95,6 +97,79 @@ class PackedLayer(LayerWeights):
         return cpu.expert_mlp(rows_ND, counts_E, self._experts_E, self._gelu)
 
 
+class PanelLayer(LayerWeights):
+    """For a CPU that multiplies bfloat16 by panels (`grokmoe.panels`): always deterministic."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        panels: Mapping[int, dict[ExpertLinear, torch.Tensor]] = MappingProxyType({}),
+    ) -> None:
+        """panels: of each expert by its number, ascending."""
+        super().__init__(torch.bfloat16, torch.device("cpu"), tuple(panels))
+        self._config = config
+        self._panels_E = list(panels.values())
+        self._addresses_E3 = torch.zeros(len(panels), len(EXPERT_LINEARS), dtype=torch.int64)
+        for index in range(len(panels)):
+            self._note_addresses(index)
+
+    def _note_addresses(self, index: int) -> None:
+        for place, linear in enumerate(("linear", "linear_v", "linear_1")):  # gate, up, down
+            if (panels := self._panels_E[index].get(linear)) is not None:
+                self._addresses_E3[index, place] = panels.data_ptr()
+
+    def resized(self, expert_ids: Sequence[int]) -> PanelLayer:
+        """See LayerWeights. Experts that stay are shared."""
+        panels = {expert: self._panels_E[self._index[expert]] if self.holds(expert) else {} for expert in expert_ids}
+        return PanelLayer(self._config, panels)
+
+    def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
+        """See LayerWeights."""
+        index = self._index[expert]
+        self._panels_E[index][linear] = to_panels(weight)
+        self._note_addresses(index)
+
+    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+        config = self._config
+        return cpu_panels.expert_mlp(rows_ND, counts_E, self._addresses_E3, config.intermediate_size, config.gelu)
+
+
+class QuantisedLayer(LayerWeights):
+    """For a CPU, with weights in int8 (`kernels/cpu_int8.py`): always deterministic."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        experts: Mapping[int, cpu_int8.QuantisedExpert] = MappingProxyType({}),
+    ) -> None:
+        """dtype: of rows, and of the weights that are put. experts: by number, ascending."""
+        super().__init__(dtype, torch.device("cpu"), tuple(experts))
+        self._config = config
+        self._experts_E = list(experts.values())
+
+    def resized(self, expert_ids: Sequence[int]) -> QuantisedLayer:
+        """See LayerWeights. Experts that stay are shared."""
+        D, F = self._config.hidden_size, self._config.intermediate_size
+        experts = {
+            expert: self._experts_E[self._index[expert]] if self.holds(expert) else cpu_int8.QuantisedExpert(D, F)
+            for expert in expert_ids
+        }
+        return QuantisedLayer(self._config, self.dtype, experts)
+
+    def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
+        """See LayerWeights."""
+        quantised = self._experts_E[self._index[expert]]
+        if linear == "linear_1":
+            quantised.down.put(weight)
+        else:
+            quantised.gate_up.put(weight, cpu_int8.GATE if linear == "linear" else cpu_int8.UP)
+
+    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+        config = self._config
+        return cpu_int8.expert_mlp(rows_ND, counts_E, self._experts_E, config.intermediate_size, config.gelu)
+
+
 StackedKernel = Callable[[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor, Gelu], torch.Tensor]
 
 
@@ -132,13 +207,23 @@ class StackedLayer(LayerWeights):
 
 
 def new_layer(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    deterministic: bool = False,
+    expert_dtype: str = SAME,
 ) -> LayerWeights:
     """A layer without experts on its device, with the kernel that suits.
 
     deterministic: a row's bits must not depend on the rows beside it. The plain kernel does not promise that.
+    expert_dtype: what the weights are stored in, of EXPERT_DTYPES. Raises ConfigError where that cannot be.
     """
+    check_expert_dtype(expert_dtype, config, device.type)
+    if expert_dtype == INT8:
+        return QuantisedLayer(config, dtype)
     if device.type == "cpu":
+        if cpu_panels.can_compute(config, dtype):
+            return PanelLayer(config)
         return PackedLayer(dtype, config.gelu, deterministic)
     if device.type == "cuda":
         from expert_worker.kernels import grouped_gemm  # Triton is not installed where it is not used

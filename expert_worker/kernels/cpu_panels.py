@@ -1,0 +1,177 @@
+"""Expert MLPs on a CPU that multiplies bfloat16 by panels: all experts of a layer in two passes over their weights.
+
+    h = gelu(x W^T) * (x V^T)    gate and up of the same panel one after the other, in float32 until h is rounded
+    y = h W2^T
+
+A thread takes the next panel of whichever expert is in turn, so threads are busy until all is done, however the rows
+are spread, and each weight is read once by one of them. A row's result depends on nothing but the row and its expert.
+
+Letters: N rows, E experts, D hidden, F ffn, P panels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from grokmoe.model_config import Gelu, ModelConfig
+from grokmoe.native import MOST_ROWS, PANEL, array, clamped, dot_panel, entry, exp2, inner, loop, put, take
+from grokmoe.panels import can_use_panels, grain, num_blocks, num_groups, pack_blocks, rows_per_group
+
+LOG2_E = np.float32(math.log2(math.e))
+TANH_SLOPE = np.float32(2 * math.sqrt(2 / math.pi) * math.log2(math.e))
+LOWEST, HIGHEST = np.float32(-126.0), np.float32(126.0)
+
+
+@inner
+def gelu_tanh(x: float) -> float:
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), as x times a logistic function."""
+    return x / (np.float32(1.0) + exp2(clamped(-TANH_SLOPE * (x + np.float32(0.044715) * x * x * x), LOWEST, HIGHEST)))
+
+
+@inner
+def gelu_erf(x: float) -> float:
+    """x / 2 (1 + erf(x / sqrt 2)); erfc by Abramowitz and Stegun, formula 7.1.26, whose error is below 1.5e-7."""
+    z = abs(x) * np.float32(math.sqrt(0.5))
+    t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911) * z)
+    series = np.float32(1.061405429)
+    series = series * t - np.float32(1.453152027)
+    series = series * t + np.float32(1.421413741)
+    series = series * t - np.float32(0.284496736)
+    series = series * t + np.float32(0.254829592)
+    half_erfc = np.float32(0.5) * series * t * exp2(clamped(-LOG2_E * z * z, LOWEST, HIGHEST))
+    return x * half_erfc if x < 0 else x * (np.float32(1.0) - half_erfc)
+
+
+@inner
+def _find(unit: int, expert: int, past: int, row: int, counts_E: Any, per_expert: int, at_once: int) -> Any:
+    """The expert that a unit of work belongs to, from the one before: (expert, units before its first, its first row).
+
+    per_expert: units of a group of rows; at_once: blocks of a group.
+    """
+    while True:
+        blocks = num_blocks(counts_E[expert])
+        following = past + (blocks + at_once - 1) // at_once * per_expert
+        if unit < following:
+            return expert, past, row
+        past = following
+        row += counts_E[expert]
+        expert += 1
+
+
+@loop(grain=1)
+def _gate_up(element: Any) -> Any:
+    """Blocks of x_ND -> blocks of h_NF."""
+
+    @entry
+    def run(params: Any) -> None:
+        size, N, E, D, F, is_tanh = params[0], params[2], params[3], params[4], params[5], params[6] != 0
+        counts_E, weights_E3 = array(np.int64, params[7], (E,)), array(np.int64, params[8], (E, 3))
+        x, h_W = params[9], array(np.uint16, params[10], (1, N * F))
+        gate, up = np.empty((MOST_ROWS, PANEL), np.float32), np.empty((MOST_ROWS, PANEL), np.float32)
+        P, at_once = F // PANEL, rows_per_group(D) // MOST_ROWS
+        expert, past, row = 0, 0, 0
+        unit = take(params, 1)
+        while unit < size:
+            expert, past, row = _find(unit, expert, past, row, counts_E, P, at_once)
+            group, panel = (unit - past) // P * at_once, (unit - past) % P
+            count, offset = counts_E[expert], panel * PANEL * 2 * D
+            blocks = num_blocks(count)
+            for block in range(group, min(group + at_once, blocks)):
+                first = count * block // blocks
+                num = count * (block + 1) // blocks - first
+                rows = x + (row + first) * 2 * D
+                dot_panel(num, rows, weights_E3[expert, 0] + offset, D // 2, gate.ctypes.data)
+                dot_panel(num, rows, weights_E3[expert, 1] + offset, D // 2, up.ctypes.data)
+                for n in range(num):
+                    if is_tanh:
+                        for out in range(PANEL):
+                            up[n, out] *= gelu_tanh(gate[n, out])
+                    else:
+                        for out in range(PANEL):
+                            up[n, out] *= gelu_erf(gate[n, out])
+                    at = (row + first) * F + panel * PANEL * num + 2 * n
+                    for out in range(0, PANEL, 2):
+                        put(h_W, 0, at + out * num, up[n, out])
+                        put(h_W, 0, at + out * num + 1, up[n, out + 1])
+            unit = take(params, 1)
+
+    return run
+
+
+@loop(grain=1)
+def _down(element: Any) -> Any:
+    """Blocks of h_NF -> y_ND."""
+
+    @entry
+    def run(params: Any) -> None:
+        size, N, E, D, F = params[0], params[2], params[3], params[4], params[5]
+        counts_E, weights_E3 = array(np.int64, params[6], (E,)), array(np.int64, params[7], (E, 3))
+        h, y_ND = params[8], array(np.uint16, params[9], (N, D))
+        sums = np.empty((MOST_ROWS, PANEL), np.float32)
+        P, at_once = (D + PANEL - 1) // PANEL, rows_per_group(F) // MOST_ROWS
+        expert, past, row = 0, 0, 0
+        unit = take(params, 1)
+        while unit < size:
+            expert, past, row = _find(unit, expert, past, row, counts_E, P, at_once)
+            group, panel = (unit - past) // P * at_once, (unit - past) % P
+            count, weight = counts_E[expert], weights_E3[expert, 2] + panel * PANEL * 2 * F
+            blocks, width = num_blocks(count), min(PANEL, D - panel * PANEL)
+            for block in range(group, min(group + at_once, blocks)):
+                first = count * block // blocks
+                num = count * (block + 1) // blocks - first
+                dot_panel(num, h + (row + first) * 2 * F, weight, F // 2, sums.ctypes.data)
+                for n in range(num):
+                    for out in range(width):
+                        put(y_ND, row + first + n, panel * PANEL + out, sums[n, out])
+            unit = take(params, 1)
+
+    return run
+
+
+def can_compute(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether this CPU can, in this type, for experts of this size."""
+    widths = config.hidden_size, config.intermediate_size
+    return all(can_use_panels(dtype, width) for width in widths) and config.intermediate_size % PANEL == 0
+
+
+def expert_mlp(
+    rows_ND: torch.Tensor, counts_E: Sequence[int], weights_E3: torch.Tensor, num_ffn: int, gelu: Gelu
+) -> torch.Tensor:
+    """Passes each row through the MLP of its expert: `reference.expert_mlp` on panels.
+
+    rows_ND: bfloat16, sorted by expert. counts_E: rows of each expert, zero allowed. weights_E3: int64, the addresses
+    of each expert's gate, up and down panels (`grokmoe.panels.to_panels`); those of experts without rows are not read.
+    num_ffn: F, a multiple of PANEL. Returns: out_ND, new.
+    """
+    assert sum(counts_E) == len(rows_ND), f"counts sum to {sum(counts_E)}, there are {len(rows_ND)} rows"
+    out_ND = torch.empty_like(rows_ND, memory_format=torch.contiguous_format)
+    num_rows, num_hidden = rows_ND.shape
+    if num_rows == 0:
+        return out_ND
+    num_experts, counts = len(counts_E), torch.tensor(counts_E)
+    busy = [count for count in counts_E if count]
+    usual = num_rows // len(busy)
+    x_ND = pack_blocks(rows_ND, counts)
+    h_NF = rows_ND.new_empty(num_rows, num_ffn)
+    units = sum(num_groups(count, num_hidden) for count in busy) * (num_ffn // PANEL)
+    _gate_up(
+        rows_ND.dtype, units, 0, num_rows, num_experts, num_hidden, num_ffn, int(gelu is Gelu.TANH),
+        counts, weights_E3, x_ND, h_NF, grain=grain(usual, num_hidden, 2),
+    )  # fmt: skip
+    units = sum(num_groups(count, num_ffn) for count in busy) * -(-num_hidden // PANEL)
+    _down(
+        rows_ND.dtype, units, 0, num_rows, num_experts, num_hidden, num_ffn,
+        counts, weights_E3, h_NF, out_ND, grain=grain(usual, num_ffn),
+    )  # fmt: skip
+    return out_ND
+
+
+def compile_all() -> None:
+    """Makes the loops, so that the first call need not wait for them."""
+    _gate_up.compile(torch.bfloat16)
+    _down.compile(torch.bfloat16)

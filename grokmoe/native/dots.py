@@ -1,0 +1,138 @@
+"""Dot products of bfloat16 in compiled loops: a few rows with a panel of a weight, on AVX-512's own instruction.
+
+A *panel* is 32 rows of a weight [O, I], stored as [I / 2, 32, 2]: two inputs of all 32 outputs lie side by side, 128
+bytes, which is what `vdpbf16ps` takes at a time. A *block* is up to MOST_ROWS rows of the other factor, stored in the
+same way, [I / 2, rows, 2]: side by side, since rows one after the other would all fall on the same lines of a cache.
+One pass over a panel serves a block, whose sums stay in registers: with few rows the time is that of reading the panel,
+with many that of the multiplications.
+
+A sum is taken in the order of the inputs, whatever the number of rows and whichever of them it is: a row's bits depend
+on nothing else. The instruction rounds after every product and treats denormal numbers as zero.
+
+LLVM forms no such instruction from loops, so the loop is put together here, one per number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+PANEL = 32
+"""Outputs of a panel: two registers of float32."""
+
+MOST_ROWS = 12
+"""Rows of one pass: twice as many sums, two weights and an input fill the 32 registers, with some to spare."""
+
+UNROLL = 4
+"""Pairs of inputs per turn of the loop; a row has a multiple of twice as many."""
+
+_INSTRUCTION = "llvm.x86.avx512bf16.dpbf16ps.512"
+
+
+def has_dots() -> bool:
+    """Whether this CPU has the instruction."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
+    """LLVM's type, which llvmlite does not name."""
+
+    null = "0.0"
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat._create_instance()
+_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+_SUMS, _PAIRS, _WORDS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_BFloat(), 32), ir.VectorType(_INT32, 16)
+_ARGUMENTS = (types.int64,) * 5
+
+
+@intrinsic
+def dot_panel(typing: Any, num_rows: Any, block: Any, panel: Any, num_pairs: Any, out: Any) -> Any:
+    """out[n, o] = sum over i of x[n, i] * weight[o, i], float32.
+
+    num_rows: 1 to MOST_ROWS. block: address of the rows x; panel: address of the weights, a multiple of 64. num_pairs:
+    half of the inputs, a multiple of UNROLL. out: address of [num_rows, PANEL] float32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        end, never = builder.append_basic_block("dots.end"), builder.append_basic_block("dots.never")
+        switch = builder.switch(args[0], never)
+        builder.position_at_end(never)
+        builder.unreachable()
+        for num_rows in range(1, MOST_ROWS + 1):
+            block = builder.append_basic_block(f"dots.{num_rows}")
+            switch.add_case(ir.Constant(args[0].type, num_rows), block)
+            builder.position_at_end(block)
+            _pass(builder, num_rows, *args[1:])
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(*_ARGUMENTS), generate
+
+
+def _pass(builder: Any, num_rows: int, block: Any, panel: Any, num_pairs: Any, out: Any) -> None:
+    """The loop over pairs of inputs for so many rows."""
+    before, body, after = (
+        builder.block,
+        builder.append_basic_block(f"dots.{num_rows}.loop"),
+        builder.append_basic_block(f"dots.{num_rows}.out"),
+    )
+    builder.branch(body)
+    builder.position_at_end(body)
+    pair = builder.phi(_INT64)
+    pair.add_incoming(ir.Constant(_INT64, 0), before)
+    starts = [[builder.phi(_SUMS), builder.phi(_SUMS)] for _ in range(num_rows)]
+    sums = [list(halves) for halves in starts]
+    for step in range(UNROLL):
+        at = builder.add(pair, ir.Constant(_INT64, step))
+        weights = [_weights(builder, panel, at, half) for half in range(2)]
+        words = builder.add(block, builder.mul(at, ir.Constant(_INT64, 4 * num_rows)))
+        for row, halves in enumerate(sums):
+            inputs = _broadcast(builder, words, 4 * row)
+            for half in range(2):
+                halves[half] = _multiply_add(builder, halves[half], weights[half], inputs)
+    following = builder.add(pair, ir.Constant(_INT64, UNROLL))
+    pair.add_incoming(following, body)
+    for start, halves in zip(starts, sums, strict=True):
+        for half in range(2):
+            start[half].add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
+            start[half].add_incoming(halves[half], body)
+    builder.cbranch(builder.icmp_signed("<", following, num_pairs), body, after)
+    builder.position_at_end(after)
+    for row, halves in enumerate(sums):
+        for half in range(2):
+            builder.store(halves[half], _at(builder, out, 128 * row + 64 * half, _SUMS), align=4)
+
+
+def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    return builder.inttoptr(builder.add(address, ir.Constant(_INT64, offset)), kind.as_pointer())
+
+
+def _weights(builder: Any, panel: Any, pair: Any, half: int) -> Any:
+    address = builder.add(panel, builder.mul(pair, ir.Constant(_INT64, 4 * PANEL)))
+    return builder.bitcast(builder.load(_at(builder, address, 64 * half, _WORDS), align=64), _PAIRS)
+
+
+def _broadcast(builder: Any, words: Any, offset: int) -> Any:
+    """Two inputs of a row, in every lane."""
+    word = builder.load(_at(builder, words, offset, _INT32), align=4)
+    nothing = ir.Constant(_WORDS, ir.Undefined)
+    first = builder.insert_element(nothing, word, ir.Constant(_INT32, 0))
+    return builder.bitcast(builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * 16)), _PAIRS)
+
+
+def _multiply_add(builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
+    module = builder.module
+    function = module.globals.get(_INSTRUCTION) or ir.Function(
+        module, ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]), _INSTRUCTION
+    )
+    return builder.call(function, [total, weights, inputs])
