@@ -89,7 +89,7 @@ class ForwardStream:
             if data is grpc.aio.EOF:  # type: ignore[attr-defined]
                 return
             try:
-                whole = self._rows.add(bytes(data))
+                whole = self._rows.add(data)
             except InvalidRequest as error:
                 self._metrics.requests.labels("refused").inc()
                 if self._rows.failed_id is None:

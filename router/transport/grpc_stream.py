@@ -44,7 +44,7 @@ class Stream:
             raise await self._why(error) from error
         if data is _EOF:
             raise await self._why(None)
-        return bytes(data)
+        return data  # type: ignore[no-any-return]
 
     async def _why(self, error: Exception | None) -> GrokmoeError:
         """The stream has ended. That is a lost worker, whatever the status, unless it says that we are at fault."""

@@ -14,6 +14,7 @@ from grokmoe.access import watch_token
 from grokmoe.channel import RECONNECT_OPTIONS, open_channel
 from grokmoe.credentials import TlsConfig, channel_credentials, channel_options
 from grokmoe.errors import ConfigError
+from grokmoe.local_streams import LocalCall, find_socket
 from grokmoe.settings import setting
 from grokmoe.target import parse_target
 from grokmoe.watched_file import WatchedFiles
@@ -30,6 +31,7 @@ class WorkerAccessSettings:
     worker_tls_key: str = setting("", "PEM file with its key", metavar="FILE")
     worker_tls_server_name: str = setting("", "name in workers' certificates, if not the address's", metavar="NAME")
     worker_token_file: str = setting("", "file with the token that workers ask for", metavar="FILE")
+    local_streams: bool = setting(True, "send rows to workers on this host past gRPC, where they offer it")
 
 
 class WorkerAccess:
@@ -44,6 +46,7 @@ class WorkerAccess:
         elif s.worker_tls_certificate or s.worker_tls_key or s.worker_tls_server_name:
             raise ConfigError("worker_tls_ca is missing: who may vouch for workers")
         self._token = watch_token(s.worker_token_file, "worker_token_file") if s.worker_token_file else None
+        self._has_local_streams = s.local_streams
 
     @property
     def tls(self) -> TlsConfig | None:
@@ -53,6 +56,11 @@ class WorkerAccess:
     def metadata(self) -> tuple[tuple[str, str], ...] | None:
         """What goes with a call."""
         return (("authorization", f"Bearer {self._token.get()}"),) if self._token else None
+
+    def local_stream(self, address: str, method: str) -> LocalCall | None:
+        """A stream past gRPC to a worker that is on this host, offers it, and is called in the clear."""
+        path = find_socket(address) if self._has_local_streams and self._tls is None else None
+        return None if path is None else LocalCall(path, method, dict(self.metadata() or ()).get("authorization", ""))
 
     def open(self, address: str) -> WorkerChannel:
         """A channel on the running event loop; nothing is sent."""
@@ -76,6 +84,9 @@ class WorkerChannel:
 
     def stream(self, method: str) -> Any:
         """A bidirectional call of raw bytes. method: `/service/method`."""
+        local = self._access.local_stream(self._address, method)
+        if local is not None:
+            return local
         channel: Any = self._current()  # grpc-stubs knows neither raw bytes nor the read/write style
         call = channel.stream_stream(method)(metadata=self._access.metadata())
         self._calls.add(call)
