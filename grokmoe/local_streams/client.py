@@ -121,6 +121,7 @@ class LocalCall:
         if self._frames is not None:
             self._frames.abort()
 
+
 def _rpc_error(code: grpc.StatusCode, details: str, status: bytes = b"") -> grpc.aio.AioRpcError:
     trailing = grpc.aio.Metadata(*(((_DETAILS_KEY, status),) if status else ()))
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)

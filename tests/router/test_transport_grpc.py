@@ -34,6 +34,8 @@ from tests import goldens
 from tests.router import tiny
 from tests.router.tiny import CONFIG, attention_engine, expert_set, gates, until
 
+pytestmark = pytest.mark.usefixtures("both_streams")
+
 
 class FilledHole:
     """Fills holes with the experts of this process, after `before(layer)`."""

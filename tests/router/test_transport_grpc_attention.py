@@ -28,6 +28,8 @@ from tests.router.tiny import attention_engine, golden_request, golden_tokens, s
 CARE = CellSettings(heartbeat=0.05, probe=ProbeSettings(first_pause=0.01, max_pause=0.05))
 ALL = [*goldens.PROMPTS]
 
+pytestmark = pytest.mark.usefixtures("both_streams")
+
 
 class Worker:
     """An attention worker's server on a Unix socket."""
