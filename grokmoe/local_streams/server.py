@@ -107,9 +107,8 @@ class LocalServer:
             pass
         except Exception as error:
             logger.exception("a stream has failed", exc_info=error)
-            status = status_pb2.Status(
-                code=grpc.StatusCode.UNKNOWN.value[0], message=f"unexpected {type(error).__name__}"
-            )
+            code = grpc.StatusCode.UNKNOWN.value[0]  # as gRPC does
+            status = status_pb2.Status(code=code, message=f"unexpected {type(error).__name__}")
             with contextlib.suppress(ConnectionError):
                 await frames.write(Kind.END, status.SerializeToString())
         finally:

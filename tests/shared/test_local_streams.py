@@ -165,7 +165,7 @@ def test_where_there_is_no_socket_there_is_no_stream(tmp_path: Path) -> None:
 
 def test_a_socket_that_nobody_serves_is_an_unavailable_worker(tmp_path: Path) -> None:
     async def main() -> None:
-        async with served(tmp_path) as (_, address):
+        async with served(tmp_path):
             os.link(f"{tmp_path}/w{SUFFIX}", f"{tmp_path}/old{SUFFIX}")
         stream = call(f"unix:{tmp_path}/old")
         for use in (stream.write(b"a"), stream.read()):
