@@ -4,7 +4,7 @@ PYTHON ?= python3
 DEMO_ENV := .venv-demo
 DEV_ENV := .venv
 
-.PHONY: chart demo loadtest-demo test check stubs released format clean
+.PHONY: bench-check chart demo loadtest-demo test check stubs released format clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_ENV)/installed
@@ -17,6 +17,7 @@ loadtest-demo: $(DEMO_ENV)/installed
 
 # Two workers share the machine's cores; each test process computes with one thread (tests/conftest.py).
 test: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/python tools/get_prometheus.py
 	$(DEV_ENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
 
 check: $(DEV_ENV)/installed
@@ -30,6 +31,10 @@ check: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/python tools/make_stubs.py --check
 	$(DEV_ENV)/bin/python tools/make_reference.py --check
 	$(DEV_ENV)/bin/python deploy/chart_schema.py --check
+
+# Counts and relative times of hot paths against those in the repository; --update by hand writes them down anew.
+bench-check: $(DEV_ENV)/installed
+	$(DEV_ENV)/bin/python -m benchmarks.check
 
 # Every ready-made profile of the Helm chart as the objects that it makes, in build/chart.
 chart: $(DEV_ENV)/installed

@@ -16,7 +16,7 @@ class AttentionWorkerSettings:
     model: str = setting("", "checkpoint directory: config.json and safetensors", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type of weights, hidden states and KV", choices=("float32", "bfloat16"))
-    device: str = setting("cpu", "where to compute; so far only cpu", choices=("cpu",))
+    device: str = setting("cpu", "where to compute: cpu, cuda or cuda:N")
     threads: int = setting(0, "threads of one operation; 0: torch's choice")
     deterministic: bool = setting(False, "a sequence's bits never depend on its company; checked at start")
     page_size: int = setting(32, "positions per KV page")

@@ -21,6 +21,16 @@ class DeviceKernels(Protocol):
 
     def add_normed(self, h_TD: torch.Tensor, y_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> None: ...
 
+    def add_normed_then_norm(
+        self,
+        h_TD: torch.Tensor,
+        y_TD: torch.Tensor,
+        y_gain_D: torch.Tensor,
+        h_gain_D: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor: ...
+
     def rotate_and_store(
         self, qkv_TX: torch.Tensor, rotation: Rotation, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
     ) -> torch.Tensor: ...
@@ -46,6 +56,19 @@ class PlainKernels:
     def add_normed(self, h_TD: torch.Tensor, y_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> None:
         """Adds the norm of a block's output to the residual, in place."""
         h_TD += rms_norm(y_TD, gain_D, eps, torch.float32)
+
+    def add_normed_then_norm(
+        self,
+        h_TD: torch.Tensor,
+        y_TD: torch.Tensor,
+        y_gain_D: torch.Tensor,
+        h_gain_D: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """`add_normed` with y_gain, then `norm` of the sum with h_gain: from one block into the next."""
+        self.add_normed(h_TD, y_TD, y_gain_D, eps)
+        return self.norm(h_TD, h_gain_D, eps, dtype)
 
     def rotate_and_store(
         self, qkv_TX: torch.Tensor, rotation: Rotation, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
@@ -81,6 +104,19 @@ class CpuKernels:
         self._cpu, self._cpu_rotary, self._deterministic = cpu, cpu_rotary, deterministic
         self.norm, self.add_normed = cpu_norm.norm, cpu_norm.add_normed
 
+    def add_normed_then_norm(
+        self,
+        h_TD: torch.Tensor,
+        y_TD: torch.Tensor,
+        y_gain_D: torch.Tensor,
+        h_gain_D: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See PlainKernels."""
+        self.add_normed(h_TD, y_TD, y_gain_D, eps)
+        return self.norm(h_TD, h_gain_D, eps, dtype)
+
     def rotate_and_store(
         self, qkv_TX: torch.Tensor, rotation: Rotation, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
     ) -> torch.Tensor:
@@ -100,7 +136,40 @@ class CpuKernels:
         return self._cpu.paged_attention(q_THd, k_KPSd, v_KPSd, batch, scale, cap, self._deterministic)
 
 
+class TritonKernels:
+    """Triton, for GPUs."""
+
+    def __init__(self, deterministic: bool = False) -> None:
+        """deterministic: see `kernels.device_tiles`."""
+        from attention_worker.kernels import triton_attention, triton_norm, triton_rotary  # not installed everywhere
+
+        self._attention, self._rotary, self._deterministic = triton_attention, triton_rotary, deterministic
+        self.norm, self.add_normed = triton_norm.norm, triton_norm.add_normed
+        self.add_normed_then_norm = triton_norm.add_normed_then_norm
+
+    def rotate_and_store(
+        self, qkv_TX: torch.Tensor, rotation: Rotation, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
+    ) -> torch.Tensor:
+        """See PlainKernels."""
+        return self._rotary.rotate_and_store(qkv_TX, rotation.cos, rotation.sin, k_KPSd, v_KPSd, batch.slots_T)
+
+    def attend(
+        self,
+        q_THd: torch.Tensor,
+        k_KPSd: torch.Tensor,
+        v_KPSd: torch.Tensor,
+        batch: StepBatch,
+        scale: float,
+        cap: float,
+    ) -> torch.Tensor:
+        """See PlainKernels."""
+        return self._attention.paged_attention(q_THd, k_KPSd, v_KPSd, batch, scale, cap, self._deterministic)
+
+
 def select_kernels(device: torch.device | str, deterministic: bool = False) -> DeviceKernels:
     """The kernels for tensors on `device`. deterministic: whether a row's bits may depend on the rows beside it; plain
     attention computes chunks apart."""
-    return CpuKernels(deterministic) if torch.device(device).type == "cpu" else PlainKernels()
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return CpuKernels(deterministic)
+    return TritonKernels(deterministic) if kind == "cuda" else PlainKernels()

@@ -19,6 +19,7 @@ from attention_worker.lease import new_incarnation
 from attention_worker.logit_rows import LogitRows
 from attention_worker.model import Forward, Model
 from attention_worker.plan_check import PlanCheck
+from attention_worker.stages import StageClock, no_time
 from attention_worker.step_batch import StepBatch
 from attention_worker.step_output import step_result
 from attention_worker.weights import AttentionWeights
@@ -53,10 +54,16 @@ class MoeInput:
 
 
 class StepRun:
-    """One step under way. `advance` goes to the next hole or to the end; a run that is dropped changes nothing more."""
+    """One step under way. `advance` goes to the next hole or to the end; a run that is dropped changes nothing more.
 
-    def __init__(self, forward: Forward, plan: StepPlan, rows: LogitRows, metrics: AttentionMetrics) -> None:
+    stages_ns: nanoseconds that it has computed so far, by stage.
+    """
+
+    def __init__(
+        self, forward: Forward, plan: StepPlan, rows: LogitRows, metrics: AttentionMetrics, clock: StageClock
+    ) -> None:
         self._forward, self._plan, self._rows, self._metrics = forward, plan, rows, metrics
+        self._clock, self.stages_ns = clock, no_time()
         self._layer = -1
         self._x_TD: torch.Tensor | None = None
         self._expected: tuple[torch.Size, torch.dtype] | None = None
@@ -72,6 +79,7 @@ class StepRun:
                 "payload", f"MoE output is {moe_TD.dtype} {list(moe_TD.shape)}, expected {self._expected}"
             )
         begin = time.perf_counter()
+        self._clock.begin(self.stages_ns)
         try:
             x_TD = self._forward.send(moe_TD)  # type: ignore[arg-type]  # None starts a generator
         except StopIteration as end:
@@ -98,6 +106,7 @@ class StepRun:
                 0.0  # nobody looks at them, but what is computed of them must be defined
             )
         result = dataclasses.replace(step_result(chunks, self._rows, logits_RV), faulty_chunks=faulty)
+        self._clock.lap("sample")
         self._metrics.steps.labels("ok").inc()
         self._metrics.tokens.inc(sum(len(chunk.token_ids) for chunk in chunks))
         return result
@@ -185,7 +194,7 @@ class AttentionEngine:
         batch = StepBatch.build(plan.chunks, self.settings.page_size)
         rows = LogitRows.of(plan.chunks)
         forward = self._model.forward(batch, torch.tensor(rows.step_rows_R, dtype=torch.int64))
-        return StepRun(forward, plan, rows, self.metrics)
+        return StepRun(forward, plan, rows, self.metrics, self._model.clock)
 
 
 def num_pages_in(config: ModelConfig, dtype: torch.dtype, page_size: int, gib: float) -> int:

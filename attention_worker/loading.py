@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import torch
@@ -34,10 +35,10 @@ def _load(
     torch.set_num_threads(num_threads)
     if not settings.model:
         raise ConfigError("model is missing: the directory of a checkpoint")
-    dtype = getattr(torch, settings.dtype)
+    dtype, torch_device = getattr(torch, settings.dtype), _device(settings.device)
     with Checkpoint.open(settings.model, settings.variant) as checkpoint:
         config = checkpoint.config
-        weights = load_weights(checkpoint, dtype, torch.device(settings.device), settings.deterministic)
+        weights = load_weights(checkpoint, dtype, torch_device, settings.deterministic)
     if settings.deterministic:
         logger.info("deterministic; row counts of products: %s", row_counts(weights))
     num_pages = settings.num_pages or num_pages_in(config, dtype, settings.page_size, settings.kv_gib)
@@ -45,3 +46,17 @@ def _load(
     engine = AttentionEngine(config, weights, sizes, metrics, device)
     engine.warm_up()
     return engine
+
+
+def _device(name: str) -> torch.device:
+    """The device, if this torch and this machine have it, and with it the kernels that it needs."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: a torch built without CUDA
+        raise ConfigError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"device is {name!r}, which needs Triton: install grokmoe[server,gpu]")
+    # Products that the library splits are added up in float32, not in the type of the result.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return device

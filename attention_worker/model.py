@@ -17,19 +17,25 @@ from attention_worker.device_kernels import select_kernels
 from attention_worker.kv_cache import KVCache
 from attention_worker.layers import Rope, Rotation
 from attention_worker.row_passes import scaled
+from attention_worker.stages import StageClock
 from attention_worker.step_batch import StepBatch
 from attention_worker.weights import AttentionWeights, LayerWeights
 from grokmoe.model_config import ModelConfig
 
 Forward = Generator[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Yields every layer's MoE input [T, D], receives its output [T, D], returns float32 logits [R, V]."""
+"""Yields every layer's MoE input [T, D], receives its output [T, D], both on the host; returns float32 logits [R, V],
+on the model's device."""
+
+_HOLE = torch.device("cpu")
+"""Where the two are: gating, dispatch and the wire are there."""
 
 
 class Model:
-    """The weights of one attention worker and the loop over its layers."""
+    """The weights of one attention worker and the loop over its layers. Says of each stage to `clock` when it ends."""
 
     def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: KVCache) -> None:
-        device = weights.embedding_VD.device
+        self.clock = StageClock()
+        self._device = device = weights.embedding_VD.device
         self._config, self._weights, self._cache = config, weights, cache
         self._rope = Rope(config.head_dim, config.context_length, config.rope_base, device)
         self._kernels = select_kernels(device, weights.deterministic)
@@ -37,41 +43,60 @@ class Model:
     def forward(self, batch: StepBatch, logit_rows_R: torch.Tensor) -> Forward:
         """One step. logit_rows_R: rows of the step whose logits are wanted; there may be none."""
         batch.check_pages(self._cache.num_pages)
+        batch = batch.to(self._device)
         h_TD = self._embed(batch.token_ids_T)
         rotation = self._rope.angles(batch.positions_T)
+        self.clock.lap("embed")
         for index, layer in enumerate(self._weights.layers):
-            self._add(
-                h_TD,
-                self._attend(index, layer, self._norm(h_TD, layer.pre_attn_norm_D), rotation, batch),
-                layer.post_attn_norm_D,
-            )
-            moe_TD = yield self._norm(h_TD, layer.pre_moe_norm_D)
-            self._add(h_TD, moe_TD, layer.post_moe_norm_D)
-        return self._logits(h_TD[logit_rows_R])
+            y_TD = self._attend(index, layer, self._norm(h_TD, layer.pre_attn_norm_D), rotation, batch)
+            x_TD = self._add_then_norm(h_TD, y_TD, layer.post_attn_norm_D, layer.pre_moe_norm_D)
+            moe_TD = yield x_TD.to(_HOLE)
+            self._add(h_TD, moe_TD.to(self._device), layer.post_moe_norm_D)
+        return self._logits(h_TD.index_select(0, logit_rows_R.to(self._device)))
 
     def _norm(self, h_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
         """From the residual to the input of a block, in the model's type."""
-        return self._kernels.norm(h_TD, gain_D, self._config.norm_eps, self._weights.embedding_VD.dtype)
+        x_TD = self._kernels.norm(h_TD, gain_D, self._config.norm_eps, self._weights.embedding_VD.dtype)
+        self.clock.lap("norm")
+        return x_TD
 
     def _add(self, h_TD: torch.Tensor, y_TD: torch.Tensor, gain_D: torch.Tensor) -> None:
         """The output of a block, normed, onto the residual."""
         self._kernels.add_normed(h_TD, y_TD, gain_D, self._config.norm_eps)
+        self.clock.lap("norm")
+
+    def _add_then_norm(
+        self, h_TD: torch.Tensor, y_TD: torch.Tensor, y_gain_D: torch.Tensor, h_gain_D: torch.Tensor
+    ) -> torch.Tensor:
+        """`_add`, then `_norm` of the sum."""
+        dtype = self._weights.embedding_VD.dtype
+        x_TD = self._kernels.add_normed_then_norm(h_TD, y_TD, y_gain_D, h_gain_D, self._config.norm_eps, dtype)
+        self.clock.lap("norm")
+        return x_TD
 
     def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """The residual stream starts here. It is float32 in every mode: it is never sent anywhere, and rounding it to
         bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
-        return self._weights.embedding_VD[token_ids_T].float() * self._config.embedding_multiplier
+        return self._weights.embedding_VD.index_select(0, token_ids_T).float() * self._config.embedding_multiplier
 
     def _attend(
         self, index: int, layer: LayerWeights, x_TD: torch.Tensor, rotation: Rotation, batch: StepBatch
     ) -> torch.Tensor:
         """Attention block: projections, rotary embedding, pages, output projection."""
         config, k_KPSd, v_KPSd = self._config, self._cache.k_KPSd[index], self._cache.v_KPSd[index]
-        q_THd = self._kernels.rotate_and_store(layer.qkv(x_TD), rotation, k_KPSd, v_KPSd, batch)
+        qkv_TQ = layer.qkv(x_TD)
+        self.clock.lap("qkv")
+        q_THd = self._kernels.rotate_and_store(qkv_TQ, rotation, k_KPSd, v_KPSd, batch)
         out_THd = self._kernels.attend(q_THd, k_KPSd, v_KPSd, batch, config.attention_logit_scale, config.attention_cap)
+        self.clock.lap("attention")
         out_TD = layer.o_proj(out_THd.view(len(x_TD), config.query_size))
-        return out_TD if config.attention_output_scale == 1.0 else out_TD * config.attention_output_scale
+        if config.attention_output_scale != 1.0:
+            out_TD = out_TD * config.attention_output_scale
+        self.clock.lap("out")
+        return out_TD
 
     def _logits(self, h_RD: torch.Tensor) -> torch.Tensor:
         x_RD = self._norm(h_RD, self._weights.final_norm_D)
-        return scaled(self._weights.head(x_RD), self._config.output_multiplier)
+        logits_RV = scaled(self._weights.head(x_RD), self._config.output_multiplier)
+        self.clock.lap("head")
+        return logits_RV

@@ -128,7 +128,7 @@ class _Lane:
             raise
         finally:
             self._reading = None
-        return None if data is grpc.aio.EOF else bytes(data)
+        return None if data is grpc.aio.EOF else data
 
     def drain(self) -> None:
         """No further step begins; the one under way goes on."""
@@ -157,6 +157,8 @@ class _Lane:
         if isinstance(result, MoeInput):
             self._layer = header.layer = result.layer
             return list(tensors.encode_rows(header, result.x_TD, "step_id"))
+        assert self._run is not None
+        header.stages_ns.update(self._run.stages_ns)
         self.close()
         header.result.CopyFrom(result_to_proto(result))
         if result.logits is None:

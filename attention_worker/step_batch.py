@@ -6,14 +6,17 @@ Shapes: T tokens of the step, C chunks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from attention_worker.kernels.tiles import Spans, TileGroup, TileShape, plan_tiles
 from grokmoe.step_plan import SequenceChunk
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class RowsApart:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The step's tensors, built once on the CPU. Its rows are the chunks' tokens, one chunk after the other.
+    """The step's tensors, built once on the CPU; `to` has them on a device. Its rows are the chunks' tokens, one chunk
+    after the other.
 
     token_ids_T, positions_T, slots_T  int64; slot = page * page_size + offset is where the token's K and V go
     chunks                             what the batch was built from
@@ -47,6 +51,7 @@ class StepBatch:
     spans: Spans
     _groups: dict[tuple[TileShape, int], tuple[TileGroup, ...]] = field(default_factory=dict, repr=False, compare=False)
     _apart: dict[int | None, RowsApart] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(cls, chunks: Sequence[SequenceChunk], page_size: int) -> StepBatch:
@@ -76,6 +81,21 @@ class StepBatch:
             slots_T=torch.from_numpy(page_T * page_size + position_T % page_size),
             spans=Spans(first_row_C, length_C, start_C, page_offset_C, pages, len(position_T)),
         )
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The batch with its tensors on a device; what they were built from stays where it is."""
+        if device.type == "cpu":
+            return self
+        tensors = (self.token_ids_T, self.positions_T, self.slots_T)
+        token_ids_T, positions_T, slots_T = to_device(torch.stack(tensors), device)
+        return replace(self, token_ids_T=token_ids_T, positions_T=positions_T, slots_T=slots_T)
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What a kernel makes of the batch at the step's first layer and uses at the others."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     def check_pages(self, num_pages: int) -> None:
         """IndexError if a page is not in a cache of so many."""
@@ -112,6 +132,13 @@ class StepBatch:
         if groups is None:
             groups = self._groups[key] = plan_tiles(self.spans.select(self.spans.length_C > more_than), shape)
         return groups
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy there. To a GPU from pinned memory, so that it does not wait for the kernels queued before it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _check(index: int, chunk: SequenceChunk, page_size: int) -> None:

@@ -50,4 +50,4 @@ def step_result(chunks: Sequence[SequenceChunk], rows: LogitRows, logits_RV: tor
             if whole_RV is not None:
                 parts.append(whole_RV)
     payload = None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
-    return StepResult(tuple(tokens), payload, tuple(logprobs))
+    return StepResult(tuple(tokens), None if payload is None else payload.cpu(), tuple(logprobs))

@@ -5,6 +5,7 @@
 Prints a table and, as the last line, one JSON object. The contenders:
 
     fused N   the worker's path: weights laid out for N rows, GELU and multiplication inside the products
+    int8      weights in int8, as `--expert-dtype int8` has them
     apart     the same weights, GELU and multiplication as operations of their own
     linear    weights as in the checkpoint: what one would write in plain torch
 
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from expert_worker.kernels import cpu
+from expert_worker.kernels import cpu, cpu_int8
 from grokmoe import packed_linear
 from grokmoe.model_config import Gelu
 from grokmoe.packed_linear import PackedLinear
@@ -95,6 +96,18 @@ def fused(weights: Sequence[Weights], pack_rows: int) -> Mlp:
     return lambda rows_ND, counts: cpu.expert_mlp(rows_ND, counts, experts, Gelu.ERF)
 
 
+def quantised(weights: Sequence[Weights]) -> Mlp:
+    experts = []
+    for gate_FD, up_FD, down_DF in weights:
+        expert = cpu_int8.QuantisedExpert(*down_DF.shape)
+        expert.gate_up.put(gate_FD, cpu_int8.GATE)
+        expert.gate_up.put(up_FD, cpu_int8.UP)
+        expert.down.put(down_DF)
+        experts.append(expert)
+    ffn_size = weights[0][0].shape[0]
+    return lambda rows_ND, counts: cpu_int8.expert_mlp(rows_ND, counts, experts, ffn_size, Gelu.ERF)
+
+
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).square().mean() / expected.square().mean()).sqrt().item()
 
@@ -136,7 +149,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="D (default %(default)s)")
     parser.add_argument("--ffn", type=int, default=4096, help="F (default %(default)s)")
     parser.add_argument("--experts", type=int, default=8, help="E (default %(default)s)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32, 128, 512], help="of one expert")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 128], help="of one expert")
     parser.add_argument("--grouped-rows", type=int, nargs="*", default=[8, 64, 256, 1024], help="of all experts")
     parser.add_argument(
         "--pack-rows", type=int, nargs="+", default=[packed_linear.PACK_ROWS], help="row counts to lay weights out for"
@@ -163,6 +176,7 @@ def main() -> None:
             for _ in range(E)
         ]
         contenders = {f"fused {n}": fused(weights, n) for n in args.pack_rows}
+        contenders["int8"] = quantised(weights)
         contenders["apart"] = looped([Apart(each) for each in weights])
         contenders["linear"] = looped([Linear(each) for each in weights])
         for case in cases:

@@ -66,7 +66,7 @@ async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoin
     config = checkpoint.config
     held = parse_experts(worker.experts, config.num_experts, config.num_layers)
     dtype, torch_device = getattr(torch, worker.dtype), _device(worker.device)
-    experts = ExpertSet(config, held, dtype, torch_device, worker.deterministic, worker.capacity)
+    experts = ExpertSet(config, held, dtype, torch_device, worker.deterministic, worker.capacity, worker.expert_dtype)
     registry = new_registry()
     metrics = ExpertMetrics(registry)
     device = DeviceThread("expert-device")

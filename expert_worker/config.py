@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import defaultdict
 
+from expert_worker.expert_dtype import EXPERT_DTYPES, INT8, SAME
 from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
 
@@ -21,6 +22,7 @@ class ExpertWorkerSettings:
     model: str = setting("", "checkpoint directory: config.json and safetensors", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type of weights and rows", choices=("float32", "bfloat16"))
+    expert_dtype: str = setting(SAME, "what weights are stored in: as dtype says, or int8 (CPU)", choices=EXPERT_DTYPES)
     experts: str = setting(
         ALL,
         "experts to hold at start, EXPERTS[@LAYERS] joined by '+', such as 0-3, 0,5 or 0-3@0-31+4@32-63; none: a spare",
@@ -38,6 +40,8 @@ class ExpertWorkerSettings:
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
+        if self.expert_dtype == INT8 and self.device != "cpu":
+            raise ConfigError(f"expert_dtype is int8, device is {self.device}: int8 experts are computed on a CPU only")
 
 
 def parse_experts(spec: str, num_experts: int, num_layers: int) -> dict[int, tuple[int, ...]]:

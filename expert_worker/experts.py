@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 
 from expert_worker.cells import by_layer, cells_of, ranges, spans
+from expert_worker.expert_dtype import INT8, SAME
 from expert_worker.holdings import Holdings
 from expert_worker.joining import RowsByExpert
+from expert_worker.kernels import cpu_int8
 from expert_worker.layers import LayerWeights, new_layer
 from grokmoe.errors import FailedPrecondition, InvalidRequest, Reason
 from grokmoe.model_config import ModelConfig
@@ -46,22 +48,36 @@ class ExpertSet:
         device: torch.device,
         deterministic: bool = False,
         capacity: int = 0,
+        expert_dtype: str = SAME,
     ) -> None:
-        """held: layer -> experts to hold there, both ascending. deterministic: see new_layer. capacity: see Holdings.
+        """held: layer -> experts to hold there, both ascending. deterministic, expert_dtype: see new_layer. capacity:
+        see Holdings.
 
-        Raises ConfigError when they are more than the capacity.
+        Raises ConfigError when they are more than the capacity, and as new_layer does.
         """
         self.config = config
         self.dtype = dtype
         self.device = device
         self.deterministic = deterministic
+        self.expert_dtype = expert_dtype
         self.holdings = Holdings(cells_of(held), capacity)
-        self.layers: tuple[LayerWeights, ...] = (new_layer(config, dtype, device, deterministic),) * config.num_layers
+        self.layers: tuple[LayerWeights, ...] = (self._new_layer(),) * config.num_layers
 
     @property
     def expert_bytes(self) -> int:
         """What one expert of one layer takes."""
-        return len(EXPERT_LINEARS) * self.config.hidden_size * self.config.intermediate_size * self.dtype.itemsize
+        if self.expert_dtype == INT8:
+            return cpu_int8.expert_bytes(self.config.hidden_size, self.config.intermediate_size)
+        return len(EXPERT_LINEARS) * self.matrix_bytes
+
+    @property
+    def matrix_bytes(self) -> int:
+        """What one matrix of an expert takes when it has been read, before it is laid out."""
+        return self.config.hidden_size * self.config.intermediate_size * self.dtype.itemsize
+
+    def _new_layer(self) -> LayerWeights:
+        """One without experts."""
+        return new_layer(self.config, self.dtype, self.device, self.deterministic, self.expert_dtype)
 
     def replace(self, layer: int, weights: LayerWeights) -> None:
         """Lets calls that are checked from now on find these experts in the layer."""
@@ -140,7 +156,7 @@ class ExpertSet:
 
     def _random_layer(self) -> LayerWeights:
         """One expert. Random, because a deterministic layer compares results, and those of zeros are all alike."""
-        weights = new_layer(self.config, self.dtype, self.device, self.deterministic).resized((0,))
+        weights = self._new_layer().resized((0,))
         random = torch.Generator().manual_seed(0)
         D, F = self.config.hidden_size, self.config.intermediate_size
         for linear in EXPERT_LINEARS:

@@ -201,7 +201,9 @@ class ExpertLoader:
         """Most systems promise memory that they do not have and end the process that uses it: better to ask first."""
         if not missing:
             return
-        needed = (len(missing) + 1) * self._experts.expert_bytes  # one more: what is read is there twice for a moment
+        experts = self._experts
+        needed = len(missing) * experts.expert_bytes
+        needed += max(experts.expert_bytes, experts.matrix_bytes)  # what is read is there twice for a moment
         if self._experts.device.type != "cpu":
             largest = max(len(self._experts.layers[layer].expert_ids) for layer in by_layer(missing))
             needed += largest * self._experts.expert_bytes

@@ -8,6 +8,7 @@ from typing import Any
 
 from expert_worker.cells import Cells, ranges
 from expert_worker.engine import ExpertEngine
+from expert_worker.expert_dtype import SAME
 from expert_worker.forward_stream import ForwardStream, draining
 from expert_worker.loader import ExpertLoader
 from expert_worker.range_check import check_ranges
@@ -77,6 +78,7 @@ class ExpertService:
             config_hash=experts.config.content_hash,
             incarnation=self._incarnation,
             dtype=tensors.wire_dtype(experts.dtype),
+            expert_dtype="" if experts.expert_dtype == SAME else experts.expert_dtype,
             hidden_size=experts.config.hidden_size,
             experts=_ranges(experts.holdings.held),
             max_rows=self._max_rows,

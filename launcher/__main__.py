@@ -31,9 +31,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("up", help="every role a process, on this host", add_help=False)
     commands.add_parser("generate", help="continue a text, on the terminal", add_help=False)
     commands.add_parser("demo", help="start `up` with the demo model, stream a few texts, show figures", add_help=False)
-    commands.add_parser("checkpoint", help="look into a checkpoint, convert its tokenizer", add_help=False)
+    commands.add_parser(
+        "checkpoint", help="look into a checkpoint, convert its tokenizer, make a random one", add_help=False
+    )
     commands.add_parser("experts", help="who holds which experts; move them while requests run", add_help=False)
+    commands.add_parser("top", help="what the cluster does now: workers, queue, load of the experts", add_help=False)
     commands.add_parser("loadtest", help="load a server on a schedule and report; compare two results", add_help=False)
+    commands.add_parser("plan", help="what a cluster will do, and how large it has to be", add_help=False)
     return parser
 
 
@@ -82,21 +86,11 @@ def _demo(argv: Sequence[str]) -> int:
 
 
 def _checkpoint(argv: Sequence[str]) -> int:
-    from launcher.checkpoint import convert_tokenizer, inspect
+    from launcher.checkpoint import add_arguments, checkpoint
 
     parser = argparse.ArgumentParser("grokmoe checkpoint", description="Looks into a checkpoint, prepares one.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("inspect", help="check a checkpoint's tensors against its config and sum them up")
-    command.add_argument("directory", help="directory with config.json and safetensors")
-    command.add_argument("--variant", default="vllm", choices=("vllm", "xai"), help="whose numerics (default: vllm)")
-    text = "write a SentencePiece model as tokenizer.json, for programs that read no other (the router reads both)"
-    command = commands.add_parser("convert-tokenizer", help=text, description=text[0].upper() + text[1:] + ".")
-    command.add_argument("model", help="a tokenizer.model, or a directory that has one")
-    command.add_argument("--output", metavar="FILE", help="what to write (default: tokenizer.json beside the model)")
-    namespace = parser.parse_args(argv)
-    if namespace.command == "convert-tokenizer":
-        return convert_tokenizer(namespace.model, namespace.output)
-    return inspect(namespace.directory, namespace.variant)
+    add_arguments(parser)
+    return checkpoint(parser.parse_args(argv))
 
 
 def _experts(argv: Sequence[str]) -> int:
@@ -110,10 +104,23 @@ def _experts(argv: Sequence[str]) -> int:
     return experts(parser.parse_args(argv))
 
 
+def _top(argv: Sequence[str]) -> int:
+    from launcher.top import TopSettings, top
+
+    text = "Shows workers, queue, tokens per second, load of the experts and where a step's time goes, until Ctrl-C."
+    return top(from_namespace(TopSettings, _parse("top", text, TopSettings, argv)))
+
+
 def _loadtest(argv: Sequence[str]) -> int:
     from launcher.loadtest import loadtest
 
     return loadtest(argv)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from launcher.plan import plan
+
+    return plan(argv)
 
 
 def _parse(command: str, text: str, settings: type, argv: Sequence[str]) -> argparse.Namespace:
@@ -137,7 +144,9 @@ COMMANDS = {
     "demo": _demo,
     "checkpoint": _checkpoint,
     "experts": _experts,
+    "top": _top,
     "loadtest": _loadtest,
+    "plan": _plan,
 }
 
 

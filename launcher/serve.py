@@ -12,6 +12,7 @@ from attention_worker.loading import load_engine as load_attention
 from expert_worker import weights as expert_weights
 from expert_worker.config import ALL, parse_experts
 from expert_worker.engine import ExpertEngine
+from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
 from expert_worker.experts import ExpertSet
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
@@ -23,9 +24,9 @@ from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, ne
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, free_port, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from router.config import LimitSettings, RouterSettings
-from router.fault_metrics import FaultCollector
-from router.loading import build_engine, build_services, load_model
+from router.loading import build_engine, build_services, expose, load_model
 from router.moe import LocalExperts
+from router.status_page import status_pages
 from router.transport.base import AttentionInfo
 from router.transport.local import LocalAttentionLink
 
@@ -37,6 +38,7 @@ class ServeSettings(SecuritySettings, LimitSettings):
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
+    expert_dtype: str = setting(SAME, "what experts are stored in: as dtype says, or int8", choices=EXPERT_DTYPES)
     host: str = setting(DEFAULT_HOST, "host to serve on")
     port: int = setting(DEFAULT_PORT, "port to serve on; 0: any free one")
     metrics_port: int = setting(0, "port of the Prometheus endpoint; 0: any free one, -1: none")
@@ -79,7 +81,9 @@ def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertM
         config = checkpoint.config
         held = parse_experts(ALL, config.num_experts, config.num_layers)
         dtype = getattr(torch, settings.dtype)
-        experts = ExpertSet(config, held, dtype, torch.device("cpu"), settings.deterministic)
+        experts = ExpertSet(
+            config, held, dtype, torch.device("cpu"), settings.deterministic, expert_dtype=settings.expert_dtype
+        )
         device.call(expert_weights.load, experts, checkpoint)
     engine = ExpertEngine(experts, metrics, device)
     return lambda layer, expert_ids, counts, rows_ND: engine.forward(layer, expert_ids, counts, rows_ND).rows_ND
@@ -113,7 +117,7 @@ async def serve(settings: ServeSettings) -> None:
     experts = load_experts(settings, attention.device, ExpertMetrics(registry))
     link = LocalAttentionLink(attention, describe(attention))
     engine = build_engine(model, router, [link], RouterMetrics(registry), experts)
-    registry.register(FaultCollector(engine))
+    expose(registry, model, engine, router)
     server = ServerSettings(
         listen=f"{settings.host}:{port}",
         metrics_port=settings.metrics_port,
@@ -131,7 +135,8 @@ async def serve(settings: ServeSettings) -> None:
             gateway = gateway_process(
                 server.listen, settings.model, settings.host, settings.openai_port, settings.log_level
             )
-        serving = run(server, build_services(model, engine, router), registry, before_ready=join)
+        pages = status_pages(engine, model.name)
+        serving = run(server, build_services(model, engine, router), registry, before_ready=join, pages=pages)
         await (serve_with(gateway, serving) if gateway else serving)
     finally:
         await engine.close()

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from attention_worker.config import AttentionWorkerSettings
 from expert_worker.config import ExpertWorkerSettings
+from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
 from grokmoe.errors import ConfigError
 from grokmoe.model_config import ModelConfig
 from grokmoe.security import SecuritySettings
@@ -34,6 +35,7 @@ class UpSettings(SecuritySettings, LimitSettings):
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
+    expert_dtype: str = setting(SAME, "what experts are stored in: as dtype says, or int8", choices=EXPERT_DTYPES)
     experts: int = setting(2, "expert worker processes", metavar="N")
     attention: int = setting(1, "attention worker processes", metavar="M")
     expert_replicas: int = setting(1, "workers that hold each expert", metavar="R")
@@ -107,6 +109,7 @@ class Cluster:
         for index, held in enumerate(_held(s, config.num_experts)):
             experts = ExpertWorkerSettings(
                 **worker,
+                expert_dtype=s.expert_dtype,
                 experts=",".join(map(str, held)),
                 threads=s.threads or _share(s.experts),
                 max_rows=max(ExpertWorkerSettings.max_rows, s.max_step_tokens * config.experts_per_token),

@@ -1,7 +1,7 @@
-"""Paged attention in plain torch, one sequence at a time: the definition that the kernels are tested against.
+"""Paged attention and gating in plain torch: the definitions that the kernels are tested against.
 
 Shapes: T tokens of the step, H query heads, K KV heads, P pages, S slots of a page, d head size, n tokens of a
-chunk, L keys of a sequence.
+chunk, L keys of a sequence; in `gate` D hidden, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -43,3 +43,25 @@ def paged_attention(
         out_THd[row : row + n] = (scores_HnL.softmax(dim=-1) @ v_HLd).transpose(0, 1).to(q_THd.dtype)
         row += n
     return out_THd
+
+
+def gate(
+    x_TD: torch.Tensor, gate_ED: torch.Tensor, num_ranks: int, cap: float | None, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z = W x, optionally capped to cap * tanh(z / cap); p = softmax(z) over all experts; the K largest, optionally
+    renormalised to sum to one (docs/numerics.md, "MoE").
+
+    gate_ED: float32. Float32 inside. Returns: weights_TK float32 in descending order, expert_ids_TK int64; of equal
+    probabilities the lower expert is first. A token that is no number gets the first K experts, with weights of NaN.
+    """
+    logits_TE = x_TD.float() @ gate_ED.T
+    if cap is not None:
+        logits_TE = cap * torch.tanh(logits_TE / cap)
+    chance_TE = logits_TE.softmax(-1)
+    is_faulty_T1 = chance_TE.isnan().any(-1, keepdim=True)
+    order_TE = chance_TE.masked_fill(is_faulty_T1, 0.0).sort(dim=-1, descending=True, stable=True).indices
+    expert_ids_TK = order_TE[:, :num_ranks]
+    weights_TK = chance_TE.gather(1, expert_ids_TK)
+    if renormalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return weights_TK.masked_fill(is_faulty_T1, float("nan")), expert_ids_TK

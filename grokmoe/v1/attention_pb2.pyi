@@ -161,13 +161,21 @@ class StepResult(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[LogprobTable, _Mapping]]] = ..., faulty_chunks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepResponse(_message.Message):
-    __slots__ = ("step_id", "layer", "remaining_rows", "result", "failure", "compute_ns", "payload")
+    __slots__ = ("step_id", "layer", "remaining_rows", "result", "failure", "compute_ns", "stages_ns", "payload")
+    class StagesNsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_NS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     layer: int
@@ -175,5 +183,6 @@ class StepResponse(_message.Message):
     result: StepResult
     failure: _failure_pb2.Failure
     compute_ns: int
+    stages_ns: _containers.ScalarMap[str, int]
     payload: _tensor_pb2.Tensor
-    def __init__(self, step_id: _Optional[int] = ..., layer: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., compute_ns: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., layer: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., compute_ns: _Optional[int] = ..., stages_ns: _Optional[_Mapping[str, int]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...

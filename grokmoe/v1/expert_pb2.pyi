@@ -45,7 +45,7 @@ class ExpertDescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ExpertDescribeResponse(_message.Message):
-    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "experts", "max_rows", "device", "draining", "revision", "loading", "expert_bytes", "capacity")
+    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "experts", "max_rows", "device", "draining", "revision", "loading", "expert_bytes", "capacity", "expert_dtype")
     CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class ExpertDescribeResponse(_message.Message):
     LOADING_FIELD_NUMBER: _ClassVar[int]
     EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_DTYPE_FIELD_NUMBER: _ClassVar[int]
     config_hash: str
     incarnation: str
     dtype: _tensor_pb2.DataType
@@ -70,7 +71,8 @@ class ExpertDescribeResponse(_message.Message):
     loading: _containers.RepeatedCompositeFieldContainer[ExpertRange]
     expert_bytes: int
     capacity: int
-    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., max_rows: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ..., revision: _Optional[int] = ..., loading: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., expert_bytes: _Optional[int] = ..., capacity: _Optional[int] = ...) -> None: ...
+    expert_dtype: str
+    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., max_rows: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ..., revision: _Optional[int] = ..., loading: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., expert_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., expert_dtype: _Optional[str] = ...) -> None: ...
 
 class ExpertRange(_message.Message):
     __slots__ = ("expert", "layer_begin", "layer_end")

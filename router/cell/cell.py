@@ -69,7 +69,8 @@ class AttentionCell(AttentionMember):
         self._flights = Flights(self._tempo, self._became_slow)
         self._settling = Settling(self._flights, hooks, self.counters, self.name)
         self._leaving = Leaving(hooks.others, hooks.rehome, self.counters, self.care.max_moves)
-        self._lanes = Lanes(lambda: self.scheduler.schedule(), self._run_step, self._recover, self.care.restart_pause)
+        self._lanes = Lanes(self._next_step, self._run_step, self._recover, self.care.restart_pause)
+        self._schedule_seconds = 0.0
         self._is_lost = True
         self._loss = Loss()
         self._inquest: asyncio.Task[None] | None = None
@@ -168,12 +169,20 @@ class AttentionCell(AttentionMember):
         assert self.scheduler.num_in_flight <= len(self._flights), "a step in flight that nobody watches"
         assert self.state is WorkerState.READY or not self._lanes.is_open, "lanes run without a worker"
 
+    def _next_step(self) -> Step | None:
+        begin = time.perf_counter()
+        step = self.scheduler.schedule()
+        self._schedule_seconds = time.perf_counter() - begin  # a lane runs a step as soon as it has it
+        return step
+
     async def _run_step(self, lane: int, step: Step) -> None:
         scheduler, info, legs = self.scheduler, self.info, Legs()
         assert info is not None
+        legs.add("schedule", self._schedule_seconds)
         watch = self._flights.begin(step)
-        self._hooks.note_scheduled(step)
-        plan = write_plan(step, info.incarnation)
+        with legs.time("plan"):
+            self._hooks.note_scheduled(step)
+            plan = write_plan(step, info.incarnation)
         begin = time.perf_counter()
         outcome = await outcome_of(
             step,
@@ -181,7 +190,8 @@ class AttentionCell(AttentionMember):
             lambda: self._hooks.make_hole(lane, legs, self._hooks.last_deadline(step)),
             lambda hole: watch.run(lambda hole: self.link.step(lane, plan, hole, legs), hole),
         )
-        is_blamed = self._settling.settle(scheduler, step, plan, outcome)
+        with legs.time("deliver"):
+            is_blamed = self._settling.settle(scheduler, step, plan, outcome)
         if outcome.fate is Fate.REFUSED and info is self.info:
             scheduler.fail(step)
             self.drain()

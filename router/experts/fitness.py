@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from grokmoe.errors import ConfigError
@@ -23,6 +25,15 @@ def check_fits(config: ModelConfig, dtype: torch.dtype, max_step_tokens: int, na
         raise ConfigError(f"{name} computes in {info.dtype}, expected {dtype}")
     check_held(config.num_layers, config.num_experts, name, info.experts)
     check_rows(config, max_step_tokens, name, info)
+
+
+def check_alike(name: str, info: ExpertInfo, others: Mapping[str, ExpertInfo]) -> None:
+    """Raises ConfigError when the worker stores weights in another type than the others, by name, that are in use: the
+    same rows would give other bits there, and experts move and fail over between workers."""
+    for other_name, other in others.items():
+        if info.expert_dtype != other.expert_dtype:
+            stored = [each.expert_dtype or str(each.dtype).removeprefix("torch.") for each in (info, other)]
+            raise ConfigError(f"{name} has its experts in {stored[0]}, {other_name} in {stored[1]}: they must be alike")
 
 
 def check_rows(config: ModelConfig, max_step_tokens: int, name: str, info: ExpertInfo) -> None:

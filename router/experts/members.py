@@ -16,12 +16,12 @@ from grokmoe.errors import ConfigError, FailedPrecondition, Reason, Unavailable
 from grokmoe.model_config import ModelConfig
 from router.discovery import Changes
 from router.experts.counters import ExpertCounters
-from router.experts.fitness import check_fits, check_rows
+from router.experts.fitness import check_alike, check_fits, check_rows
 from router.experts.member import ExpertMember
 from router.experts.settings import ExpertPoolSettings
 from router.placement import NOBODY, Pair, Placement, ranges_of
 from router.probing import Prober
-from router.transport.base import ExpertLink
+from router.transport.base import ExpertInfo, ExpertLink
 from router.worker_state import WorkerEvent, WorkerState
 
 logger = logging.getLogger(__name__)
@@ -89,11 +89,17 @@ class ExpertMembers:
         except (Unavailable, TimeoutError):
             member.note(WorkerEvent.FAILED)
             raise
-        check_fits(self.config, self._dtype, self._max_step_tokens, member.name, info)
+        self._check_fits(member, info)
         if info.is_draining:
             member.note(WorkerEvent.DRAINS)
             raise Unavailable(f"{member.name} is about to end", reason=Reason.SHUTTING_DOWN)
         member.adopt(info)
+
+    def _check_fits(self, member: ExpertMember, info: ExpertInfo) -> None:
+        """Raises ConfigError when what the worker says does not fit the model, or those that are in use."""
+        check_fits(self.config, self._dtype, self._max_step_tokens, member.name, info)
+        others = {each.name: each.info for each in self.members if each is not member and each.is_usable and each.info}
+        check_alike(member.name, info, others)
 
     def check_rows(self, max_step_tokens: int) -> None:
         """Raises ConfigError when a step can send a worker more rows than it takes in one call. Who joins later is
@@ -199,7 +205,7 @@ class ExpertMembers:
             info = await asyncio.wait_for(member.link.describe(), TIMEOUTS.connect)
         except TimeoutError:
             raise Unavailable(f"{member.name} does not say what it holds") from None
-        check_fits(self.config, self._dtype, self._max_step_tokens, member.name, info)
+        self._check_fits(member, info)
         if info.is_draining:
             self.lose(member, WorkerEvent.DRAINS, "it is about to end")
         if not member.is_usable:  # its prober describes it

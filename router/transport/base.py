@@ -39,7 +39,7 @@ class ExpertInfo:
     """What an expert worker says of itself.
 
     revision: grows whenever `experts` changes. expert_bytes: what one expert of one layer takes. capacity: most of
-    them it can hold; 0: as many as its memory takes.
+    them it can hold; 0: as many as its memory takes. expert_dtype: what the weights are stored in; empty: dtype.
     """
 
     config_hash: str
@@ -53,6 +53,7 @@ class ExpertInfo:
     loading: tuple[ExpertLayers, ...] = ()
     expert_bytes: int = 0
     capacity: int = 0
+    expert_dtype: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

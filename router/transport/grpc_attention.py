@@ -98,11 +98,12 @@ class GrpcAttentionLink:
                     raise Unavailable(f"no message from the attention worker for {HOLE_TIMEOUT:g} s") from None
             header, payload = message
             compute = header.compute_ns / 1e9
-            legs.add("attention", compute)
-            legs.add("wire", max(0.0, time.perf_counter() - begin - compute))
+            legs.add("worker", compute)
+            legs.add("attention_wire", max(0.0, time.perf_counter() - begin - compute))
             if header.HasField("failure"):
                 raise from_failure(header.failure)
             if header.HasField("result"):
+                legs.split("worker", header.stages_ns)
                 return result_from_proto(header.result, payload)
             assert payload is not None, "checked: a MoE input"
             out_TD = await hole.fill(header.layer, payload)

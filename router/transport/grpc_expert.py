@@ -136,6 +136,7 @@ class GrpcExpertLink:
             config_hash=reply.config_hash,
             incarnation=reply.incarnation,
             dtype=tensors.torch_dtype(reply.dtype),
+            expert_dtype=reply.expert_dtype,
             experts=tuple((held.expert, held.layer_begin, held.layer_end) for held in reply.experts),
             max_rows=reply.max_rows,
             device=reply.device,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,8 @@ LOCAL = "local"
 
 class StepRun(Protocol):
     """A step under way, see attention_worker.engine.StepRun."""
+
+    stages_ns: Mapping[str, int]
 
     def advance(self, moe_TD: torch.Tensor | None) -> Any:
         """Goes to the next hole (has `layer` and `x_TD`) or to the end (a StepResult)."""
@@ -76,8 +78,11 @@ class LocalAttentionLink:
 
 
 def _advance(run: StepRun, moe_TD: torch.Tensor | None, legs: Legs) -> Any:
-    with legs.time("attention"):
-        return run.advance(moe_TD)
+    with legs.time("worker"):
+        at = run.advance(moe_TD)
+    if isinstance(at, StepResult):
+        legs.split("worker", run.stages_ns)
+    return at
 
 
 def _drive(run: StepRun, hole: Hole, legs: Legs) -> StepResult:

@@ -13,8 +13,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional
 
 from expert_worker.kernels import reference
@@ -80,8 +78,11 @@ def test_kernels_match_twin(grouped_gemm: ModuleType, counts_E: Sequence[int], d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("D", "F"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("counts_E", [[3, 0, 2], [70, 0, 5]], ids=str)
+@pytest.mark.parametrize(
+    ("counts_E", "D", "F"),
+    [*(([3, 0, 2], *size) for size in SIZES.values()), ([70, 0, 5], *SIZES["one past"])],
+    ids=str,
+)
 def test_kernels_in_a_sea_of_nan(
     grouped_gemm: ModuleType, counts_E: Sequence[int], D: int, F: int, dtype: torch.dtype
 ) -> None:
@@ -143,25 +144,115 @@ def test_offsets_beyond_31_bits(grouped_gemm: ModuleType, tmp_path: Path) -> Non
     assert_close(out, reference.expert_mlp(*case.arguments))
 
 
-@given(counts_E=st.lists(st.integers(0, 300), max_size=12), block_rows=st.sampled_from([16, 64, 128]))
-def test_tiles_cover_each_row_once(counts_E: list[int], block_rows: int) -> None:
-    pytest.importorskip("triton")
-    from expert_worker.kernels.grouped_gemm import tile_table
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("is_gated_by_tma", [False, True], ids=["pointers", "copy engine"])
+def test_variants_match_twin(
+    grouped_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch, is_gated_by_tma: bool, swap: bool
+) -> None:
+    """Each operand order and way of fetching; several pieces for one program, blocks that cross an expert's end."""
+    from expert_worker.kernels.grouped_tiles import Blocks, TileClass
 
-    tiles = tile_table(counts_E, block_rows)
-    covered = []
-    for expert, first, end in tiles:
-        covered += [(expert, row) for row in range(first, min(first + block_rows, end))]
-    experts = [expert for expert, count in enumerate(counts_E) for _ in range(count)]
-    assert covered == list(zip(experts, range(sum(counts_E)), strict=True))
-    assert all(first < end for _, first, end in tiles)
-    assert len(tiles) == sum(-(-count // block_rows) for count in counts_E)
+    device = grouped_gemm.describe(torch.device("cpu"))._replace(has_tma=is_gated_by_tma)
+    monkeypatch.setattr(grouped_gemm, "describe", lambda _: device)
+    case = Case.random([3, 0, 20], 48, 80, torch.bfloat16, Gelu.ERF)
+    blocks = Blocks(64, 32, 4, 2, 2)
+    h, out = torch.empty(case.num_rows, 80, dtype=torch.bfloat16), torch.empty_like(case.rows)
+    launched = record_launches(grouped_gemm, monkeypatch)
+    grouped_gemm.launch(*case.arguments, h, out, classes=(TileClass(16, swap, blocks, blocks),))
+    assert_close(out, reference.expert_mlp(*case.arguments))
+    assert launched == [{"TMA": is_gated_by_tma, "SWAP": swap, "programs": 2}] * 2
 
 
-@pytest.mark.parametrize(
-    ("counts_E", "rows"),
-    [([1, 0], 16), ([16, 16], 16), ([17, 1], 64), ([64], 64), ([0, 65], 128), ([999], 128)],
-    ids=str,
-)
-def test_tile_class_by_busiest_expert(grouped_gemm: ModuleType, counts_E: Sequence[int], rows: int) -> None:
-    assert grouped_gemm.tile_class(counts_E, torch.bfloat16).rows == rows
+def record_launches(grouped_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Of each launch from now on which variant it was."""
+    launched: list[dict[str, object]] = []
+    kernel = grouped_gemm.grouped_kernel
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int]) -> object:
+            def run(*args: object, **options: object) -> None:
+                launched.append({"TMA": options["TMA"], "SWAP": options["SWAP"], "programs": grid[0]})
+                kernel[grid](*args, **options)
+
+            return run
+
+    monkeypatch.setattr(grouped_gemm, "grouped_kernel", Recorder())
+    return launched
+
+
+def test_what_the_copy_engine_cannot_fetch_goes_through_pointers(
+    grouped_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are not whole 16 bytes apart, and weights that are slices."""
+    device = grouped_gemm.describe(torch.device("cpu"))._replace(has_tma=True)
+    monkeypatch.setattr(grouped_gemm, "describe", lambda _: device)
+    launched = record_launches(grouped_gemm, monkeypatch)
+    case = Case.random([3, 2], 20, 40, torch.bfloat16, Gelu.ERF)
+    assert_close(grouped_gemm.expert_mlp(*case.arguments), reference.expert_mlp(*case.arguments))
+    assert [launch["TMA"] for launch in launched] == [False, True], "rows of D are 40 bytes, those of F 80"
+    launched.clear()
+    wide = Case.random([3, 2], 32, 64, torch.bfloat16, Gelu.ERF)
+    gate, up, down = (Sea.around(tensor, 8).island for tensor in wide.tensors[1:])
+    assert_close(
+        grouped_gemm.expert_mlp(wide.rows, wide.counts, gate, up, down, wide.gelu),
+        reference.expert_mlp(*wide.arguments),
+    )
+    assert not any(launch["TMA"] for launch in launched)
+
+
+def test_fixed_tiles_give_a_row_the_same_bits_in_any_company(grouped_gemm: ModuleType) -> None:
+    case = Case.random([5, 70], *RAGGED, torch.bfloat16, Gelu.ERF)
+    whole = grouped_gemm.expert_mlp(*case.arguments, fixed_tiles=True)
+    for row, counts in ((2, [1, 0]), (41, [0, 1])):
+        alone = grouped_gemm.expert_mlp(case.rows[row : row + 1], counts, *case.arguments[2:], fixed_tiles=True)
+        assert torch.equal(alone[0], whole[row]), row
+
+
+def in_eight_bits(case: Case) -> tuple[list[torch.Tensor], reference.ChannelScales]:
+    """The case's weights, and what they are to be multiplied with."""
+    pairs = [reference.quantise_rows(weight.flatten(0, 1)) for weight in case.tensors[1:]]
+    weights = [q.view(weight.shape) for (q, _), weight in zip(pairs, case.tensors[1:], strict=True)]
+    scales = [scale.view(weight.shape[:2]) for (_, scale), weight in zip(pairs, case.tensors[1:], strict=True)]
+    return weights, reference.ChannelScales(*scales)
+
+
+@pytest.mark.parametrize("has_fp8", [True, False], ids=["known", "unknown to the device"])
+@pytest.mark.parametrize("counts_E", [[3, 9], [70, 0]], ids=str)
+def test_weights_in_eight_bits(
+    grouped_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch, counts_E: list[int], has_fp8: bool
+) -> None:
+    device = grouped_gemm.describe(torch.device("cpu"))._replace(has_fp8=has_fp8)
+    monkeypatch.setattr(grouped_gemm, "describe", lambda _: device)
+    case = Case.random([max(count, 1) for count in counts_E], *RAGGED, torch.bfloat16, Gelu.ERF)
+    rows = case.rows[: sum(counts_E)]
+    weights, scales = in_eight_bits(case)
+    expected = reference.expert_mlp(rows, counts_E, *weights, case.gelu, scales)
+    assert_close(grouped_gemm.expert_mlp(rows, counts_E, *weights, case.gelu, scales=scales), expected)
+
+
+def test_rows_and_weights_in_eight_bits(grouped_gemm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the twin's own quantisation; a value of h that is rounded otherwise moves a result by a step of eight bits."""
+    device = grouped_gemm.describe(torch.device("cpu"))._replace(family="sm_90")
+    monkeypatch.setattr(grouped_gemm, "describe", lambda _: device)
+    case = Case.random([3, 9], *RAGGED, torch.bfloat16, Gelu.ERF)
+    weights, scales = in_eight_bits(case)
+    expected = reference.expert_mlp(case.rows, case.counts, *weights, case.gelu, scales, rows_in_8_bits=True)
+    actual = grouped_gemm.expert_mlp(case.rows, case.counts, *weights, case.gelu, scales=scales, rows_in_8_bits=True)
+    error = (actual.float() - expected.float()).square().mean().sqrt()
+    assert error <= 4e-3 * expected.float().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_quantised_as_the_twin_does(grouped_gemm: ModuleType, dtype: torch.dtype) -> None:
+    """Zeros, one huge value, what is no number: only its own row suffers, and it does."""
+    x_NK = torch.randn(6, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_NK[1], x_NK[2, 3], x_NK[3, 5], x_NK[4, 6] = 0.0, 1e30, torch.nan, torch.inf
+    q_NK, scale_N = grouped_gemm.quantise_rows(x_NK)
+    expected_q_NK, expected_scale_N = reference.quantise_rows(x_NK)
+    good = [0, 1, 2, 5]
+    torch.testing.assert_close(scale_N[good], expected_scale_N[good])
+    assert (q_NK.float() == expected_q_NK.float())[good].float().mean() > 0.99
+    wide_NK = q_NK.float() * scale_N[:, None]
+    assert wide_NK[good].isfinite().all()
+    assert wide_NK[3, 5].isnan()
+    assert not wide_NK[4].isfinite().any()
