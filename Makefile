@@ -30,6 +30,8 @@ check: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/buf breaking proto --against proto/released.binpb
 	$(DEV_ENV)/bin/python tools/make_stubs.py --check
 	$(DEV_ENV)/bin/python tools/make_reference.py --check
+	$(DEV_ENV)/bin/python tools/make_metrics.py --check
+	$(DEV_ENV)/bin/python deploy/make_dashboards.py --check
 	$(DEV_ENV)/bin/python deploy/chart_schema.py --check
 
 # Counts and relative times of hot paths against those in the repository; --update by hand writes them down anew.

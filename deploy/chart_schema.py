@@ -52,6 +52,9 @@ SPEC = r"(all|[0-9]{1,3}(-[0-9]{1,3})?(,[0-9]{1,3}(-[0-9]{1,3})?)*)"
 EXPERT_SPEC = rf"^{SPEC}(@{SPEC})?(\+{SPEC}(@{SPEC})?)*$"
 """The grammar of `--experts`, without blanks."""
 
+DEVICE = "^(cpu|cuda(:[0-9]+)?)$"
+"""What a worker's `--device` takes."""
+
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -62,8 +65,7 @@ def schema() -> dict[str, Any]:
     definitions["routerSettings"] = flags(RouterSettings, ServerSettings)
     definitions["attentionSettings"] = flags(AttentionWorkerSettings, ServerSettings)
     definitions["expertSettings"] = flags(ExpertWorkerSettings, ServerSettings)
-    device = next(field for field in dataclasses.fields(AttentionWorkerSettings) if field.name == "device")
-    definitions["attentionDevice"] = {"enum": list(device.metadata["choices"])}
+    definitions["attentionDevice"] = {"type": "string", "pattern": DEVICE}
     definitions["expertSpec"] = {"type": "string", "pattern": EXPERT_SPEC}
     whole["allOf"] += [has_host(expert) for expert in range(NUM_EXPERTS_OF_SCHEMA)]
     return whole

@@ -61,17 +61,25 @@ class Authentication(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if service in self._exempt:
             return await continuation(details)
         try:
-            grant = self._prove(details.invocation_metadata, self._scopes.get(method, self._scopes.get(service)))
+            grant = self.prove(method, details.invocation_metadata)
         except GrokmoeError as error:
-            self._refused(error.code.name)
-            logger.debug("%r refused: %s", method[:128], error.code.name)  # anyone could fill the log with these
             return ending_with(error)
         set_proven_caller(grant.caller)
         _granted.set(grant.scopes)
         return await continuation(details)
 
-    def _prove(self, metadata: Any, needed: Scope | None) -> Grant:
-        """What the token stands for. Raises Unauthenticated, PermissionDenied; no message quotes what was sent."""
+    def prove(self, method: str, metadata: Any) -> Grant:
+        """What the token that goes with a call stands for. Raises Unauthenticated, PermissionDenied, and counts it."""
+        needed = self._scopes.get(method, self._scopes.get(method[1:].rpartition("/")[0]))
+        try:
+            return self._find(metadata, needed)
+        except GrokmoeError as error:
+            self._refused(error.code.name)
+            logger.debug("%r refused: %s", method[:128], error.code.name)  # anyone could fill the log with these
+            raise
+
+    def _find(self, metadata: Any, needed: Scope | None) -> Grant:
+        """No message quotes what was sent."""
         given = [value for key, value in metadata or () if key == AUTHORIZATION_KEY]
         if not given:
             raise Unauthenticated("this call needs a bearer token")

@@ -84,6 +84,11 @@ class PackedLinear:
             self._row_counts = _agreeing[key]
 
     @property
+    def device(self) -> torch.device:
+        """Where the weight is, and what it is multiplied with must be."""
+        return self._weight.device
+
+    @property
     def row_counts(self) -> tuple[int, ...]:
         """Of a deterministic linear: the row counts it computes with, ascending. Of any other: empty."""
         return self._row_counts
@@ -144,8 +149,8 @@ def _find_agreeing(linear: PackedLinear) -> tuple[int, ...]:
     """Those of ROW_COUNTS that give every row the bits that FIXED_ROWS gives it, wherever in a batch it is."""
     random = torch.Generator().manual_seed(0)
     most = max(ROW_COUNTS)
-    x_NI = torch.randn(most, linear.in_features, generator=random).to(linear.dtype)
-    times_NO = torch.randn(most, linear.out_features, generator=random).to(linear.dtype)
+    x_NI = torch.randn(most, linear.in_features, generator=random).to(linear.device, linear.dtype)
+    times_NO = torch.randn(most, linear.out_features, generator=random).to(linear.device, linear.dtype)
 
     def compute(begin: int, count: int, gelu: Gelu | None, has_times: bool) -> torch.Tensor:
         rows = slice(begin, begin + count)

@@ -122,7 +122,8 @@ def _product(element: Any) -> Any:
 
 def num_groups(num_rows: int, num_in: int) -> int:
     """Groups of so many rows, see `rows_per_group`."""
-    return math.ceil(num_blocks.py_func(num_rows) / (rows_per_group.py_func(num_in) // MOST_ROWS))
+    at_once: int = rows_per_group.py_func(num_in) // MOST_ROWS
+    return math.ceil(num_blocks.py_func(num_rows) / at_once)
 
 
 def pack_blocks(x_NI: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:

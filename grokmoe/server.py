@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -16,7 +17,8 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -27,11 +29,16 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from grokmoe.access import Scope
 from grokmoe.authentication import Authentication, ending_with
+from grokmoe.call_metrics import CallMetrics
 from grokmoe.channel import CLIENT_FACING_OPTIONS, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, SERVER_OPTIONS
 from grokmoe.errors import ConfigError, GrokmoeError, InternalError, InvalidRequest, Reason, StartupError
+from grokmoe.local_streams import SUFFIX, LocalServer
+from grokmoe.loop_lag import watch_lag
+from grokmoe.metrics_http import Page, start_http
 from grokmoe.security import SecuritySettings
 from grokmoe.settings import setting
 from grokmoe.status import to_status
+from grokmoe.telemetry import LoopMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +166,11 @@ def server_stream(handler: Callable[..., Any], request: Any, response: Any) -> A
     )
 
 
+def written_stream(handler: Callable[..., Awaitable[None]], request: Any) -> Any:
+    """The same for a handler that writes its messages to the context itself, as bytes, and returns after the last."""
+    return grpc.unary_stream_rpc_method_handler(errors_to_status(handler, request))
+
+
 def _decoded(kind: Any, data: bytes) -> Any:
     """gRPC's own decoding would answer bytes that are no message with INTERNAL, or with nothing."""
     try:
@@ -279,10 +291,12 @@ class RoleServer:
         self._services = tuple(services)
         self._security = security or SecuritySettings()
         is_client_facing = not any(service.scope is Scope.CLUSTER for service in services)
+        authentication = self._authentication(refused)
         self._server = grpc.aio.server(
             options=_options(is_client_facing, self._security.channel_options()),
-            interceptors=[*interceptors, *self._authentication(refused)],
+            interceptors=[*interceptors, *authentication],
         )
+        self._local = LocalServer(_raw_streams(services), *(each.prove for each in authentication))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         handlers: list[Any] = [_health_handler(self._health), *map(_ServiceHandlers, services)]
         if self._security.reflection != "off":
@@ -292,7 +306,7 @@ class RoleServer:
         self._health_server: grpc.aio.Server | None = None
         self.address = self.health_address = ""
 
-    def _authentication(self, refused: Callable[[str], None]) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
+    def _authentication(self, refused: Callable[[str], None]) -> list[Authentication]:
         access = self._security.access()
         if access is None:
             return []
@@ -304,7 +318,10 @@ class RoleServer:
 
     async def start(self, listen: str) -> str:
         """Binds and serves. Returns the address with the port that was chosen. StartupError if it cannot bind."""
-        self.address = _bind(self._server, listen, self._security.credentials())
+        credentials = self._security.credentials()
+        self.address = _bind(self._server, listen, credentials)
+        if self._local.has_streams and listen.startswith("unix:") and credentials is None:
+            await self._local.start(listen.removeprefix("unix:") + SUFFIX)
         if self._security.health_listen:
             self._health_server = grpc.aio.server(options=_options(is_client_facing=True))
             self._health_server.add_generic_rpc_handlers((_health_handler(self._health),))
@@ -328,9 +345,20 @@ class RoleServer:
         await _in_time(self._health.enter_graceful_shutdown())
         for service in self._services:
             service.drain()
-        await self._server.stop(grace)
+        await asyncio.gather(self._server.stop(grace), self._local.stop(grace))
         if self._health_server is not None:  # last: probes are answered to the end
             await self._health_server.stop(0)
+
+
+def _raw_streams(services: Iterable[Service]) -> dict[str, Any]:
+    """What routers call of workers for every layer: `/service/method` -> handler."""
+    return {
+        f"/{service.name}/{name}": method.stream_stream
+        for service in services
+        if service.scope is Scope.CLUSTER
+        for name, method in service.handlers.items()
+        if method.stream_stream is not None
+    }
 
 
 def _options(is_client_facing: bool, more: Sequence[tuple[str, int]] = ()) -> list[tuple[str, int]]:
@@ -359,16 +387,26 @@ async def _in_time(change: Awaitable[None]) -> None:
         logger.warning("a health watcher takes no messages")
 
 
-def start_metrics(settings: ServerSettings, registry: prometheus_client.CollectorRegistry) -> str | None:
-    """Serves the registry over HTTP. Returns `host:port`, or None when the settings say there is no endpoint."""
+def start_metrics(
+    settings: ServerSettings, registry: prometheus_client.CollectorRegistry, pages: Mapping[str, Page]
+) -> str | None:
+    """Serves the registry and `pages` over HTTP. Returns `host:port`, or None when the settings say there is no
+    endpoint."""
     if settings.metrics_port < 0:
         return None
     try:
-        httpd, _ = prometheus_client.start_http_server(settings.metrics_port, settings.metrics_host, registry)
+        port = start_http(settings.metrics_host, settings.metrics_port, registry, pages)
     except OSError as error:
         where = f"{settings.metrics_host}:{settings.metrics_port}"
         raise StartupError(f"cannot serve metrics on {where}: {error}") from error
-    return f"{settings.metrics_host}:{httpd.server_port}"
+    return f"{settings.metrics_host}:{port}"
+
+
+def spare_the_collector() -> None:
+    """What is there now stays to the end, so Python's garbage collector need not look through it again and again: with
+    torch loaded that takes a tenth of a second, in which the event loop stands still."""
+    gc.collect()
+    gc.freeze()
 
 
 def stop_signal(exit_on_stdin_eof: bool = False) -> asyncio.Event:
@@ -411,21 +449,24 @@ async def run(
     interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
     refused: Callable[[str], None] = lambda code: None,
     readiness: list[Callable[[bool], None]] | None = None,
+    pages: Mapping[str, Page] = MappingProxyType({}),
 ) -> None:
     """Serves until a signal comes. Prints `METRICS <address>` and `READY <address>` on standard output, and before
     them `HEALTH <address>` if health has an address of its own.
 
     before_ready: what must have happened before the services are ready; health answers meanwhile.
     interceptors, refused: see RoleServer.
+    pages: what the HTTP port has beside the metrics, by path.
     readiness: whoever puts a function in is told, once it is ready, by calling it whether the services are ready still.
     """
     stop = stop_signal(settings.exit_on_stdin_eof)
-    server = RoleServer(services, settings, interceptors, refused)
+    calls = CallMetrics(registry, {service.name: service.handlers for service in services})
+    server = RoleServer(services, settings, [calls, *interceptors], refused)
     address = await server.start(settings.listen)
     if server.health_address:
         print(f"HEALTH {server.health_address}", flush=True)  # noqa: T201
     try:
-        metrics = start_metrics(settings, registry)
+        metrics = start_metrics(settings, registry, pages)
         if before_ready is not None:
             waiting = asyncio.ensure_future(before_ready())
             stopping = asyncio.ensure_future(stop.wait())
@@ -439,10 +480,13 @@ async def run(
         await server.set_ready(True)
         if readiness is not None:
             readiness.append(_follower(server))
+        spare_the_collector()
+        watching = asyncio.create_task(watch_lag(LoopMetrics(registry).lag.observe), name="loop lag")
         if metrics:
             print(f"METRICS {metrics}", flush=True)  # noqa: T201 - read by whoever started this process
         print(f"READY {address}", flush=True)  # noqa: T201
         await stop.wait()
+        watching.cancel()
         logger.info("stopping")
     finally:
         await server.stop(settings.grace)

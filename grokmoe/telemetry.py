@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 TIME_TO_FIRST_TOKEN_BUCKETS = (
@@ -19,14 +21,45 @@ TIME_PER_TOKEN_BUCKETS = (
 LEG_BUCKETS = (
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
 )  # fmt: skip
+LAG_BUCKETS = (
+    0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25,
+    0.5, 1.0, 5.0,
+)  # fmt: skip
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
+LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+"""Tokens of a request."""
+
+
 def new_registry() -> CollectorRegistry:
-    """A registry of one process, with its memory, CPU and descriptors."""
+    """A registry of one process, with its version, memory, CPU and descriptors."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    about = Gauge(
+        "grokmoe_build_info", "1, with the version of the program as a label.", ("version",), registry=registry
+    )
+    about.labels(_version()).set(1)
     return registry
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("grokmoe")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was never installed
+        return "unknown"
+
+
+class LoopMetrics:
+    """What every role's process knows of its event loop."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.lag = Histogram(
+            "grokmoe_loop_lag_seconds",
+            "How late the event loop gets to what is due; up to 0.001 of it is the timer's.",
+            buckets=LAG_BUCKETS,
+            registry=registry,
+        )
 
 
 class RouterMetrics:
@@ -74,10 +107,43 @@ class RouterMetrics:
             buckets=TIME_PER_TOKEN_BUCKETS,
             registry=registry,
         )
+        self.inter_token_latency = Histogram(
+            "grokmoe_inter_token_latency_seconds",
+            "From one token of a sequence to the next, each gap by itself (ITL).",
+            buckets=TIME_PER_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.request_time = Histogram(
+            "grokmoe_request_seconds",
+            "Arrival of a request to its last token.",
+            buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
         self.queue_time = Histogram(
             "grokmoe_request_queue_seconds",
             "Arrival of a request to its first step.",
             buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.prefill_time = Histogram(
+            "grokmoe_request_prefill_seconds",
+            "First step of a request to its first token.",
+            buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.decode_time = Histogram(
+            "grokmoe_request_decode_seconds",
+            "First token of a request to its last.",
+            buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.prompt_length = Histogram(
+            "grokmoe_request_prompt_tokens", "Tokens of a request's prompt.", buckets=LENGTH_BUCKETS, registry=registry
+        )
+        self.output_length = Histogram(
+            "grokmoe_request_output_tokens",
+            "Tokens that a request was given, all candidates.",
+            buckets=LENGTH_BUCKETS,
             registry=registry,
         )
         self.step_time = Histogram(
@@ -88,8 +154,20 @@ class RouterMetrics:
         )
         self.leg_time = Histogram(
             "grokmoe_leg_seconds",
-            "One leg of a step: attention, gate, dispatch, wire, queue, expert, combine.",
+            "One leg of a step; router/legs.py says what each is.",
             ("leg",),
+            buckets=LEG_BUCKETS,
+            registry=registry,
+        )
+        self.straggler_time = Counter(
+            "grokmoe_expert_straggler_seconds_total",
+            "Time that layers waited for this expert worker alone, all others having answered.",
+            ("worker",),
+            registry=registry,
+        )
+        self.delivery_time = Histogram(
+            "grokmoe_delivery_seconds",
+            "End of a step to a stream's message with its token being with gRPC.",
             buckets=LEG_BUCKETS,
             registry=registry,
         )

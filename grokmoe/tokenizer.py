@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -42,7 +42,7 @@ class Tokenizer:
         self.backend = backend
         self.token_bytes = TokenBytes(backend)
         special = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._special_ids = frozenset(special)
+        self._shown, self._all = _TextBytes(self.token_bytes, frozenset(special)), _TextBytes(self.token_bytes)
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.control_symbols = frozenset(special.values()) | {piece for piece in vocab if _BARRED.fullmatch(piece)}
@@ -93,9 +93,26 @@ class Tokenizer:
         found = [(at, -len(symbol), symbol) for symbol in self.control_symbols if (at := text.find(symbol)) >= 0]
         return min(found)[2] if found else None
 
-    def is_text(self, token_id: int, skip_special: bool = True) -> bool:
-        """Whether `decode` takes notice of this id."""
-        return not (skip_special and token_id in self._special_ids) and self.token_bytes.of(token_id) is not None
+    def text_bytes(self, skip_special: bool = True) -> Mapping[int, bytes]:
+        """What `decode` makes of each id; nothing of those it takes no notice of. Looked up like a dict, for any id."""
+        return self._shown if skip_special else self._all
+
+
+class _TextBytes(dict[int, bytes]):
+    """Token id to the bytes it has in a text, filled as ids are asked for."""
+
+    def __init__(self, token_bytes: TokenBytes, left_out: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self._token_bytes, self._left_out = token_bytes, left_out
+
+    def __missing__(self, token_id: int) -> bytes:
+        if token_id in self._left_out:
+            return b""
+        found = self._token_bytes.of(token_id)
+        if found is None:  # not kept: there is no end to ids beyond the vocabulary
+            return b""
+        self[token_id] = found
+        return found
 
 
 class IncrementalDecoder:
@@ -106,18 +123,24 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, continues: bool = False) -> None:
         """skip_special, continues: as for `Tokenizer.decode`."""
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._bytes_by_id = tokenizer.text_bytes(skip_special)
         self._lead = b"" if continues else tokenizer.token_bytes.lead
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""  # the beginning of a character
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes new ids and returns the new text, without the start of a character that is not complete."""
-        of, is_text, skip_special = self._tokenizer.token_bytes.of, self._tokenizer.is_text, self._skip_special
-        new = b"".join(of(token_id) or b"" for token_id in ids if is_text(token_id, skip_special))
+        of = self._bytes_by_id
+        new = of[ids[0]] if len(ids) == 1 else b"".join([of[token_id] for token_id in ids])
         if new and self._lead:
             new, self._lead = new.removeprefix(self._lead), b""
-        return self._utf8.decode(new)
+        return self._decode(new, False)
 
     def finish(self) -> str:
         """What was held back; the sequence is over. Call once."""
-        return self._utf8.decode(b"", final=True)
+        return self._decode(b"", True)
+
+    def _decode(self, new: bytes, is_last: bool) -> str:
+        data = self._held + new
+        text, num_taken = codecs.utf_8_decode(data, "replace", is_last)
+        self._held = data[num_taken:]
+        return text

@@ -13,9 +13,9 @@ from grokmoe.server import ServerSettings, run, say
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
 from router.discovery import Sources
-from router.fault_metrics import FaultCollector
-from router.loading import build_engine, build_services, load_model
+from router.loading import build_engine, build_services, expose, load_model
 from router.membership import Membership
+from router.status_page import status_pages
 from router.transport.grpc_attention import GrpcAttentionLink
 from router.transport.grpc_expert import GrpcExpertLink
 from router.transport.worker_access import WorkerAccess
@@ -49,7 +49,7 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
         RouterMetrics(registry),
         [GrpcExpertLink(address, access) for address in experts],
     )
-    registry.register(FaultCollector(engine))
+    expose(registry, model, engine, settings)
     membership = Membership(engine, access, (sources[0], attention), (sources[1], experts))
 
     async def join() -> None:
@@ -58,7 +58,8 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
 
     try:
         services = build_services(model, engine, settings)
-        await run(server, services, registry, before_ready=join, readiness=engine.on_serving)
+        pages = status_pages(engine, model.name)
+        await run(server, services, registry, before_ready=join, readiness=engine.on_serving, pages=pages)
     finally:
         membership.stop()
         await engine.close()

@@ -23,11 +23,13 @@ class CallContext:
     caller: shares are per caller; empty: nobody in particular.
     priority: levels of head start, from -2 to 2.
     deadline: time.monotonic() at which nobody waits any more; None: never.
+    trace_context: what it says of the trace that it belongs to, see grokmoe.tracing.TRACE_KEYS.
     """
 
     caller: str = ""
     priority: int = 0
     deadline: float | None = None
+    trace_context: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,14 @@ from typing import Any
 
 from grokmoe.caller import proven_caller
 from grokmoe.errors import InvalidRequest
+from grokmoe.tracing import TRACE_KEYS
 from router.admission import CallContext
 from router.fair_share import MAX_PRIORITY, MIN_PRIORITY
 
 PRIORITY_KEY = "x-priority"
 CALLER_KEY = "x-caller"
 MAX_CALLER_LENGTH = 128
+KEYS = frozenset({PRIORITY_KEY, CALLER_KEY, *TRACE_KEYS})
 
 
 def read_call(context: Any) -> CallContext:
@@ -21,7 +23,7 @@ def read_call(context: Any) -> CallContext:
     A caller who has proven a name, by a token or a certificate, has that one; `x-caller` counts among those who need
     not prove any.
     """
-    metadata = {key: value for key, value in context.invocation_metadata() or () if key in (PRIORITY_KEY, CALLER_KEY)}
+    metadata = {key: value for key, value in context.invocation_metadata() or () if key in KEYS}
     remaining = context.time_remaining()
     caller = _proven(context) or str(metadata.get(CALLER_KEY, ""))
     if len(caller) > MAX_CALLER_LENGTH:
@@ -30,6 +32,7 @@ def read_call(context: Any) -> CallContext:
         caller=caller,
         priority=_priority(str(metadata.get(PRIORITY_KEY, "0"))),
         deadline=None if remaining is None else time.monotonic() + remaining,
+        trace_context=tuple((key, str(metadata[key])) for key in TRACE_KEYS if key in metadata),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
+from grokmoe.tracing import TraceSettings
 from router.admission import AdmissionSettings
 from router.engine import EngineSettings
 from router.experts import ExpertPoolSettings
@@ -23,8 +24,15 @@ WORKERS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class LimitSettings:
-    """What the router takes on at the same time. Every command that starts a router has these."""
+class TelemetrySettings(TraceSettings):
+    """What the router tells beside its metrics."""
+
+    vllm_metrics: bool = setting(False, "metrics a second time under vLLM's names, for dashboards made for those")
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitSettings(TelemetrySettings):
+    """What the router takes on at the same time, and what it tells. Every command that starts a router has these."""
 
     max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
     max_running: int = setting(256, "sequences per attention worker that hold KV pages")
@@ -73,6 +81,7 @@ class RouterSettings(WorkerAccessSettings, LimitSettings):
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ConfigError(f"threads is {self.threads}, must be at least 1")
+        self.check_traces()
         self.pool_settings()  # complains of what cannot be
 
     def engine_settings(self, context_length: int) -> EngineSettings:

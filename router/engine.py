@@ -26,12 +26,14 @@ from router.fleet import Fleet
 from router.generation import NOBODY, Generation
 from router.intake import Intake
 from router.joining import Join, ProgressLine, join_all
+from router.legs import Legs
 from router.moe import RowCounter
 from router.register import Register
 from router.request import Request
-from router.step import SchedulerSettings
+from router.step import SchedulerSettings, Step
 from router.step_report import StepReport
-from router.transport.base import AttentionLink
+from router.step_traces import StepTraces
+from router.transport.base import AttentionLink, Hole
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Engine:
         self.config, self.pool, self.counter, self.settings, self.metrics = config, pool, counter, settings, metrics
         self.faults = FaultCounters()
         self.on_serving: list[ServingHook] = []
+        self.traces: StepTraces | None = None
         self._dtype, self._make_hole = dtype, make_hole
         self._register = Register()
         self._fleet = Fleet(
@@ -107,9 +110,9 @@ class Engine:
         index, first_lane = self._num_cells_ever, self._num_cells_ever * self.settings.scheduler.num_lanes
         self._num_cells_ever += 1
         hooks = CellHooks(
-            make_hole=lambda lane, legs, deadline: self._make_hole(first_lane + lane, legs, deadline),
+            make_hole=lambda lane, legs, deadline: self._fill(first_lane + lane, legs, deadline),
             generation_of=self._register.generation_of,
-            step_done=lambda *args: self.report.step_done(cell, *args),
+            step_done=lambda *args: self._step_done(cell, *args),
             rehome=self._fleet.rehome,
             ended=self._intake.forget,
             failed=self._intake.fail,
@@ -121,6 +124,16 @@ class Engine:
         cell = AttentionCell(index, link, self.config, self._dtype, scheduler, hooks, care, self.faults)
         self._fleet.add(cell)
         return cell
+
+    def _fill(self, lane: int, legs: Legs, deadline: float | None) -> Hole:
+        if self.traces is not None:
+            self.traces.step_begins()
+        return self._make_hole(lane, legs, deadline)
+
+    def _step_done(self, cell: AttentionCell, step: Step, seconds: float, legs: Legs) -> None:
+        self.report.step_done(cell, step, seconds, legs)
+        if self.traces is not None:
+            self.traces.step_done(cell.link.address, step, seconds, legs)
 
     @property
     def cells(self) -> list[AttentionCell]:
@@ -187,11 +200,16 @@ class Engine:
         """
         generation = self._intake.submit(request, call)
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))
+        generation.on_gap = self.metrics.inter_token_latency.observe
+        if self.traces is not None:
+            self.traces.begin(generation)
         return generation
 
     def cancel(self, generation: Generation) -> None:
         """Ends a request that nobody waits for any more. Harmless when it has ended."""
         self._intake.cancel(generation)
+        if self.traces is not None:
+            self.traces.end(generation)
 
     def cancel_candidate(self, generation: Generation, index: int) -> bool:
         """Ends one candidate; False if it has ended already. Its client is not told."""
@@ -210,6 +228,8 @@ class Engine:
         await self._fleet.close()
         if self.pool is not None:
             await self.pool.close()
+        if self.traces is not None:
+            await self.traces.close()
 
     @property
     def num_running(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from prometheus_client import CollectorRegistry
 
 from grokmoe import tensor_names as names
 from grokmoe.checkpoint import Checkpoint
@@ -16,16 +17,21 @@ from grokmoe.model_config import ModelConfig
 from grokmoe.server import Service
 from grokmoe.telemetry import RouterMetrics
 from grokmoe.tokenizer import Tokenizer
+from grokmoe.tracing import Tracing
 from router import row_loops
 from router.cell import MakeHole
 from router.config import RouterSettings, read_placement
 from router.control import ControlService
 from router.engine import Engine
 from router.experts import ExpertPool
+from router.fault_metrics import FaultCollector
 from router.legs import Legs
 from router.moe import Gates, LocalExperts, LocalMoe, RemoteMoe, RowCounter
+from router.request_metrics import StragglerTime
 from router.service import GenerationService
+from router.step_traces import StepTraces
 from router.transport.base import AttentionLink, ExpertLink, Hole
+from router.vllm_aliases import VllmAliases
 from router.vllm_engine import vllm_engine_service
 
 
@@ -83,7 +89,22 @@ def build_engine(
             return RemoteMoe(config, model.gates, remote, counter, compute, lane, legs, deadline)
 
     engine_settings = settings.engine_settings(config.context_length)
-    return Engine(config, model.dtype, attention_links, make_hole, pool, counter, engine_settings, metrics)
+    engine = Engine(config, model.dtype, attention_links, make_hole, pool, counter, engine_settings, metrics)
+    tracing = Tracing.open(settings, "grokmoe-router")
+    if tracing is not None:
+        engine.traces = StepTraces(tracing)
+    if pool is not None:
+        pool.on_layer.append(StragglerTime(metrics))
+        if engine.traces is not None:
+            pool.on_layer.append(engine.traces.layer_done)
+    return engine
+
+
+def expose(registry: CollectorRegistry, model: RouterModel, engine: Engine, settings: RouterSettings) -> None:
+    """What is read from the engine, and not counted, when somebody asks for the metrics."""
+    registry.register(FaultCollector(engine))
+    if settings.vllm_metrics:
+        registry.register(VllmAliases(engine.metrics, model.name))
 
 
 def build_services(model: RouterModel, engine: Engine, settings: RouterSettings) -> list[Service]:

@@ -8,16 +8,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from grokmoe.errors import Code, GrokmoeError
-from grokmoe.server import Service, server_stream, unary
+from grokmoe.server import Service, unary, written_stream
 from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
 from router import status
 from router.admission import CallContext
-from router.answer import Answer, collect, timing, trailing_metadata
+from router.answer import Answer, Part, collect, timing, trailing_metadata
 from router.call_context import read_call
 from router.engine import Engine
 from router.generation import NOBODY, Generation
 from router.logprobs import prompt_to_messages
+from router.outbox import Outbox
+from router.request_metrics import observe_end
+from router.stream_writer import StreamWriter
 from router.structured import GrammarCompiler
 from router.validation import Accepted, PromptReader, RequestReader
 
@@ -56,6 +59,7 @@ class GenerationService:
         if tokenizer is not None:
             compiler = GrammarCompiler(tokenizer, config.vocab_size, config.eos_token_ids)
         self._alive: dict[str, Generation] = {}
+        self._outbox = Outbox()
         self._prompts = PromptReader(config, tokenizer, refuses_control_symbols)
         self._requests = RequestReader(config, self._prompts, compiler)
 
@@ -65,9 +69,7 @@ class GenerationService:
             SERVICE,
             {
                 "Generate": unary(self.Generate, pb.GenerateRequest, pb.GenerateResponse),
-                "StreamGenerate": server_stream(
-                    self.StreamGenerate, pb.StreamGenerateRequest, pb.StreamGenerateResponse
-                ),
+                "StreamGenerate": written_stream(self.StreamGenerate, pb.StreamGenerateRequest),
                 "Score": unary(self.Score, pb.ScoreRequest, pb.ScoreResponse),
                 "Tokenize": unary(self.Tokenize, pb.TokenizeRequest, pb.TokenizeResponse),
                 "Detokenize": unary(self.Detokenize, pb.DetokenizeRequest, pb.DetokenizeResponse),
@@ -87,20 +89,22 @@ class GenerationService:
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Collects the stream."""
-        async with contextlib.aclosing(self.stream(request, read_call(context))) as parts:
+        async with contextlib.aclosing(self.stream(request, read_call(context), is_collected=True)) as parts:
             answer = collect([part async for part in parts], request.sampling.n or 1)
         context.set_trailing_metadata(trailing_metadata(answer.request_id, answer.timing))
         return answer
 
-    async def StreamGenerate(
-        self, request: pb.StreamGenerateRequest, context: Any
-    ) -> AsyncIterator[pb.StreamGenerateResponse]:
+    async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Any) -> None:
         """One message per candidate and delivery: all its tokens that arrived since the last one."""
-        async with contextlib.aclosing(self.stream(request.generate, read_call(context))) as parts:
-            async for part in parts:
-                if part.HasField("timing"):
-                    context.set_trailing_metadata(trailing_metadata(part.request_id, part.timing))
-                yield part
+        async with self._answering(request.generate, read_call(context)) as (generation, answer, outcome):
+
+            def made(part: Part) -> None:
+                self._account(generation, part.index, part.num_tokens, part.finish_reason, outcome)
+                if part.timing is not None:
+                    context.set_trailing_metadata(trailing_metadata(generation.request.request_id, part.timing))
+
+            delay = self._engine.metrics.delivery_time.observe
+            await StreamWriter(context.write, generation, answer, self._outbox, made, delay).run()
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """A prompt's log-probabilities; the prompt is computed and nothing drawn."""
@@ -141,24 +145,20 @@ class GenerationService:
         return status.model(self._engine.config, self._model_name, self._dtype, self._tokenizer is not None)
 
     async def stream(
-        self, proto: pb.GenerateRequest, call: CallContext = NOBODY
+        self, proto: pb.GenerateRequest, call: CallContext = NOBODY, is_collected: bool = False
     ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
-        """The messages of one request. Closing it, also when the client has gone, frees what the request holds."""
-        with self._counted() as outcome:
-            self._engine.check_room(call)  # before any work is done for it
-            accepted = await self._requests.generate(proto)
-            with self._submitted(accepted, call) as generation:
-                answer = Answer(generation, self._tokenizer, accepted.text)
-                while not answer.is_over:
-                    for delivery in await generation.take():
-                        part = answer.add(delivery)
-                        if part is None:
-                            continue
-                        if part.finish_reason:
-                            outcome.label = _label(part.finish_reason)
-                            # After a stop string the engine does not know yet that the candidate is over.
-                            self._engine.cancel_candidate(generation, part.index)
-                        self._engine.metrics.generated_tokens.inc(len(part.token_ids))
+        """The messages of one request. Closing it, also when the client has gone, frees what the request holds.
+
+        is_collected: who reads them has no use for any before the last; then there are as few as can be.
+        """
+        async with self._answering(proto, call) as (generation, answer, outcome):
+            if is_collected and not answer.has_stop_strings:
+                generation.wait_for_end()
+            while not answer.is_over:
+                for delivery in await generation.take():
+                    part = answer.add(delivery)
+                    if part is not None:
+                        self._account(generation, part.index, len(part.token_ids), part.finish_reason, outcome)
                         yield part
 
     def abort(self, request_id: str, caller: str | None = None) -> bool:
@@ -167,6 +167,27 @@ class GenerationService:
         if caller is not None and (generation is None or generation.call.caller != caller):
             return False
         return self._engine.abort(request_id)
+
+    @contextlib.asynccontextmanager
+    async def _answering(
+        self, proto: pb.GenerateRequest, call: CallContext
+    ) -> AsyncIterator[tuple[Generation, Answer, _Outcome]]:
+        """A request from its check to its end."""
+        with self._counted() as outcome:
+            self._engine.check_room(call)  # before any work is done for it
+            accepted = await self._requests.generate(proto)
+            with self._submitted(accepted, call) as generation:
+                yield generation, Answer(generation, self._tokenizer, accepted.text), outcome
+
+    def _account(
+        self, generation: Generation, index: int, num_tokens: int, reason: pb.FinishReason, outcome: _Outcome
+    ) -> None:
+        """A message has been made."""
+        if reason:
+            outcome.label = _label(reason)
+            # After a stop string the engine does not know yet that the candidate is over.
+            self._engine.cancel_candidate(generation, index)
+        self._engine.metrics.generated_tokens.inc(num_tokens)
 
     @contextlib.contextmanager
     def _submitted(self, accepted: Accepted, call: CallContext) -> Iterator[Generation]:
@@ -180,7 +201,7 @@ class GenerationService:
             if self._alive.get(request_id) is generation:  # the engine may have given its id to another by now
                 del self._alive[request_id]
             self._engine.cancel(generation)
-            self._observe(generation)
+            observe_end(self._engine.metrics, generation)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[_Outcome]:
@@ -196,14 +217,3 @@ class GenerationService:
             raise
         finally:
             self._engine.metrics.requests.labels(outcome.label).inc()
-
-    def _observe(self, generation: Generation) -> None:
-        metrics, arrived = self._engine.metrics, generation.arrived
-        if generation.scheduled_at is not None:
-            metrics.queue_time.observe(generation.scheduled_at - arrived)
-        if generation.first_token_at is None:
-            return
-        metrics.time_to_first_token.observe(generation.first_token_at - arrived)
-        num_later = max(sequence.num_outputs for sequence in generation.sequences) - 1
-        if generation.ended_at is not None and num_later > 0:
-            metrics.time_per_output_token.observe((generation.ended_at - generation.first_token_at) / num_later)

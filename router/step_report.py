@@ -18,6 +18,7 @@ class StepReport:
         self.leg_seconds: dict[str, float] = dict.fromkeys(LEGS, 0.0)
         self.num_steps = 0
         self._metrics, self._cells, self._counter = metrics, cells, counter
+        self._leg_time = {leg: metrics.leg_time.labels(leg) for leg in LEGS}
         self._told = {"preemptions": 0, "queries": 0, "hits": 0}
         self._told_rows: dict[int, int] = {}
 
@@ -32,7 +33,7 @@ class StepReport:
         self.num_steps += 1
         for leg, spent in legs.seconds.items():
             self.leg_seconds[leg] += spent
-            metrics.leg_time.labels(leg).observe(spent)
+            self._leg_time[leg].observe(spent)
         metrics.step_time.observe(seconds)
         metrics.step_tokens.observe(step.num_tokens)
         ledger = cell.scheduler.ledger

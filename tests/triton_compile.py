@@ -48,6 +48,14 @@ class Compiled:
         return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(prefixes))
 
 
+def assert_fits(target: GPUTarget, kernel: Compiled) -> None:
+    """It keeps everything in registers and in as much shared memory as there is, and its grid is one."""
+    assert kernel.stack == 0, f"{kernel.name} spills {kernel.stack} bytes"
+    assert kernel.count("LDL", "STL", "scratch_") == 0, f"{kernel.name} spills: {kernel.opcodes}"
+    assert kernel.shared <= SHARED_LIMIT[target], f"{kernel.name} takes {kernel.shared} shared bytes"
+    assert all(size <= 65535 for size in kernel.grid[1:]), f"grid {kernel.grid} exceeds the limit of later axes"
+
+
 class _StubDriver:
     """As much of a driver as the path from a launch to the compiler asks for."""
 

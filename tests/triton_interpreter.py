@@ -8,8 +8,8 @@ not be compiled next to it. Here ordinary jit functions are redirected to the in
 the block.
 
 Within the block the interpreter is also
-  * repaired for bfloat16, which it keeps as raw uint16 and multiplies as such: values are widened to
-    float32 for every operation and rounded to nearest even after it;
+  * repaired for bfloat16 and float8_e4m3fn, which it keeps as raw integers and multiplies as such: values are
+    widened to float32 for every operation and rounded to nearest even after it;
   * made strict: a load or store outside the tensors passed to the launch raises OutOfBounds. A mask that is
     missing often changes no result, and reading past a tensor goes unnoticed on a CPU; on a GPU it is a
     fault.
@@ -19,6 +19,7 @@ Written for Triton 3.7; it reaches into internals.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class OutOfBounds(Exception):
@@ -41,17 +43,24 @@ class OutOfBounds(Exception):
 def interpreted() -> Iterator[None]:
     """Within the block jit functions run in the interpreter, on CPU tensors."""
     assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: these tests also need the compiler"
-    # exp may overflow to infinity by design (tanh is 1 - 2 / (exp(2x) + 1)); numpy warns, GPUs do not.
-    with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
+    # exp may overflow to infinity by design (tanh is 1 - 2 / (exp(2x) + 1)), and what is no number is computed with
+    # like anything else; numpy warns, GPUs do not.
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        np.errstate(over="ignore", invalid="ignore", divide="ignore"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
         patch.setattr(JITFunction, "run", _run)
         patch.setattr(JITFunction, "__call__", _call)
         for name, method in _repaired_builder().items():
-            patch.setattr(InterpreterBuilder, name, method)
+            patch.setattr(InterpreterBuilder, name, method, raising=False)
         yield
 
 
 def _run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
+    values = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in (*args, *kwargs.values())]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     ranges = [_byte_range(tensor) for tensor in tensors if tensor.numel()]
     _reachable.ranges = np.array(ranges, dtype=np.uint64)
     try:
@@ -94,6 +103,9 @@ def _byte_range(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _widen(handle: TensorHandle) -> TensorHandle:
+    if handle.dtype.scalar == tl.float8e4nv:
+        narrow = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.uint8)).view(torch.float8_e4m3fn)
+        return TensorHandle(narrow.float().numpy(), tl.float32)
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -107,17 +119,29 @@ def _narrow(values: np.ndarray) -> TensorHandle:
     return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
 
 
+def _narrow8(values: np.ndarray) -> TensorHandle:
+    """Rounds float32 to float8_e4m3fn as GPUs do: what is too large becomes the largest, NaN stays NaN."""
+    narrow = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return TensorHandle(narrow.view(torch.uint8).numpy(), tl.float8e4nv)
+
+
+_NARROW = (tl.bfloat16, tl.float8e4nv)
+
+
 def _repaired_builder() -> dict[str, Callable[..., Any]]:
     """Methods for InterpreterBuilder, each around the one it replaces."""
     original = dict(vars(InterpreterBuilder))
 
     def convert(name: str) -> Callable[..., TensorHandle]:
         def method(self: Any, src: TensorHandle, dst_type: Any, *rest: Any) -> TensorHandle:
-            to_bf16 = dst_type.scalar == tl.bfloat16
-            if not to_bf16 and src.dtype.scalar != tl.bfloat16:
+            if dst_type.scalar not in _NARROW and src.dtype.scalar not in _NARROW:
                 return original[name](self, src, dst_type, *rest)
             wide = _widen(src)
-            return _narrow(wide.data.astype(np.float32)) if to_bf16 else self.cast_impl(wide, dst_type)
+            if dst_type.scalar == tl.float8e4nv:
+                return _narrow8(wide.data.astype(np.float32))
+            if dst_type.scalar == tl.bfloat16:
+                return _narrow(wide.data.astype(np.float32))
+            return self.cast_impl(wide, dst_type)
 
         return method
 
@@ -132,15 +156,18 @@ def _repaired_builder() -> dict[str, Callable[..., Any]]:
 
         return method
 
-    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any, **options: Any) -> TensorHandle:
         _reachable.check(pointers, mask.data, "load")
-        return original["create_masked_load"](self, pointers, mask, *rest)
+        return original["create_masked_load"](self, pointers, mask, *rest, **options)
 
     def store(self: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
         _reachable.check(pointers, mask.data, "store")
         return original["create_masked_store"](self, pointers, value, mask, *rest)
 
+    def bf16(self: Any, value: float) -> TensorHandle:
+        return _narrow(np.array([value], dtype=np.float32))
+
     computing = ("binary_op", "ternary_op", "unary_op", "create_fma", "create_dot")
     converting = ("cast_impl", "create_fp_to_fp")
     repaired = {name: compute(name) for name in computing} | {name: convert(name) for name in converting}
-    return repaired | {"create_masked_load": load, "create_masked_store": store}
+    return repaired | {"create_masked_load": load, "create_masked_store": store, "get_bf16": bf16}

@@ -124,7 +124,7 @@ class LocalCall:
 
 def _rpc_error(code: grpc.StatusCode, details: str, status: bytes = b"") -> grpc.aio.AioRpcError:
     trailing = grpc.aio.Metadata(*(((_DETAILS_KEY, status),) if status else ()))
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details, None)
 
 
 def _end(content: bytearray) -> grpc.aio.AioRpcError:

@@ -6,6 +6,7 @@ import asyncio
 import enum
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 SUFFIX = ".rows"
@@ -57,7 +58,7 @@ class Frames(asyncio.BufferedProtocol):
         self._is_over = False
         self.over = asyncio.Event()
         self.error: Exception | None = None
-        self.on_end = lambda: None
+        self.on_end: Callable[[], object] = lambda: None
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio.Protocol."""

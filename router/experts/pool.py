@@ -19,6 +19,7 @@ from grokmoe.model_config import ModelConfig
 from router.dispatch import Shard, reassign
 from router.experts.answers import RowsWithoutAnswer, is_finite
 from router.experts.attempt import AttemptFailed, Attempts
+from router.experts.call_record import CallRecord, LayerHook
 from router.experts.counters import Cause
 from router.experts.hedging import hedge_after, hedged, second_holder
 from router.experts.member import ExpertMember
@@ -77,12 +78,14 @@ class _Past:
 
 @dataclasses.dataclass
 class _Round:
-    """One call of `forward`: where its rows go, until when they matter, and whether any of them have no answer."""
+    """One call of `forward`: where its rows go, until when they matter, whether any of them have no answer, and who was
+    called, in the order in which that ended."""
 
     lane: int
     layer: int
     until: float
     is_incomplete: bool = False
+    calls: list[CallRecord] = dataclasses.field(default_factory=list)
 
 
 class ExpertPool(ExpertMembers):
@@ -101,6 +104,7 @@ class ExpertPool(ExpertMembers):
         self._attempts = Attempts(self)
         self.moves = Moves(self)
         self.rebalancer = Rebalancer(self, self.moves)
+        self.on_layer: list[LayerHook] = []
 
     async def close(self) -> None:
         """Ends moves, probes and links."""
@@ -135,6 +139,8 @@ class ExpertPool(ExpertMembers):
         total = time.perf_counter() - begin
         if not replies:
             return rows_ND
+        for hook in self.on_layer:
+            hook(layer, this.calls)
         # The layer waits for its slowest worker: that one's times are the legs.
         slowest = max(replies, key=lambda reply: reply.queue + reply.compute)
         legs.add("queue", slowest.queue)
@@ -152,12 +158,15 @@ class ExpertPool(ExpertMembers):
             if member is not None and member.is_usable:  # it may have been lost since it was chosen
                 if past.failed_at is not None:
                     self._check_patience(past)
+                called = time.monotonic()
                 try:
                     reply = await self._call(this, member, shard, rows_ND, past)
                 except AttemptFailed as failed:
+                    this.calls.append(_record(member, rows_ND, called, failed.cause.value))
                     past = past.after(failed)
                     self.counters.retries[failed.cause] += 1
                 else:
+                    this.calls.append(_record(member, rows_ND, called, "", reply))
                     # Rows that were not finite when they were sent are never unsure.
                     this.is_incomplete |= past.unsure_ND is not None and not is_finite(reply.rows_ND)
                     return reply
@@ -198,6 +207,16 @@ class ExpertPool(ExpertMembers):
         if seconds is None:
             return await call(member)
         return await hedged(call, member, lambda: second_holder(self, layer, shard, member), seconds, self.counters)
+
+
+def _record(
+    member: ExpertMember, rows_ND: torch.Tensor, begin: float, failure: str, reply: ExpertReply | None = None
+) -> CallRecord:
+    """A call that has just ended. One that was hedged stands for both."""
+    now, address, num_rows = time.monotonic(), member.link.address, rows_ND.shape[0]
+    if reply is None:
+        return CallRecord(member.index, address, num_rows, begin, now, failure=failure)
+    return CallRecord(member.index, address, num_rows, begin, now, reply.queue, reply.compute, reply.batch_rows)
 
 
 async def _gather(calls: Sequence[Coroutine[Any, Any, ExpertReply]]) -> list[ExpertReply]:

@@ -45,6 +45,7 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
     from launcher.generate import GenerateSettings
     from launcher.loadtest import LoadtestSettings
     from launcher.serve import ServeSettings
+    from launcher.top import TopSettings
     from launcher.up import UpSettings
     from router.config import RouterSettings
 
@@ -56,6 +57,7 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
         GenerateSettings,
         LoadtestSettings,
         ServeSettings,
+        TopSettings,
         UpSettings,
         RouterSettings,
     )

@@ -38,7 +38,7 @@ def snapshot(name: str) -> str:
     """All objects of a profile."""
     parts = []
     for found in sorted(objects_of(profile(name)), key=title):
-        if found["kind"] == "ConfigMap" and "overview.json" in found.get("data", {}):
+        if found["kind"] == "ConfigMap" and "cluster.json" in found.get("data", {}):
             found = {**found, "data": sorted(found["data"])}
         kept = [line for line in lines_of(found) if not any(part in line for part in SAME_EVERYWHERE)]
         parts.append("\n".join([f"# {title(found)}", *kept]))

@@ -11,6 +11,7 @@ from expert_worker.kernels import cpu_panels, reference
 from expert_worker.layers import PackedLayer, PanelLayer, new_layer
 from grokmoe.model_config import TINY, Gelu
 from grokmoe.native import has_dots
+from grokmoe.native.gelu import gelu_erf, gelu_tanh
 from grokmoe.panels import to_panels
 from tests.expert_worker.expert_mlp_cases import ROUTINGS, Case
 from tests.expert_worker.small_model import assert_near

@@ -43,3 +43,36 @@ def test_kernels_match_twin(counts_E: Sequence[int], D: int, F: int, gelu: Gelu,
     assert_close(out.island, expected)
     assert h.is_calm()
     assert out.is_calm()
+
+
+@pytest.mark.parametrize("rows_in_8_bits", [False, True])
+@pytest.mark.parametrize("counts_E", [[3, 0, 9], [130, 1, 70]], ids=str)
+def test_eight_bits_match_twin(counts_E: Sequence[int], rows_in_8_bits: bool) -> None:
+    """Weights with a scale per channel; rows as they are, or with a scale each."""
+    pytest.importorskip("triton")
+    from expert_worker.kernels.grouped_gemm import expert_mlp
+
+    if rows_in_8_bits and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tiles for this device")
+    case = Case.random([max(count, 1) for count in counts_E], 1024, 2048, torch.bfloat16, Gelu.ERF, device="cuda")
+    rows = case.rows[: sum(counts_E)]
+    pairs = [reference.quantise_rows(weight.flatten(0, 1)) for weight in case.tensors[1:]]
+    weights = [q.view(weight.shape) for (q, _), weight in zip(pairs, case.tensors[1:], strict=True)]
+    scales = reference.ChannelScales(
+        *(scale.view(weight.shape[:2]) for (_, scale), weight in zip(pairs, case.tensors[1:], strict=True))
+    )
+    expected = reference.expert_mlp(rows, counts_E, *weights, case.gelu, scales, rows_in_8_bits)
+    actual = expert_mlp(rows, counts_E, *weights, case.gelu, scales=scales, rows_in_8_bits=rows_in_8_bits)
+    error = (actual.float() - expected.float()).square().mean().sqrt()
+    assert error <= 4e-3 * expected.float().square().mean().sqrt()
+
+
+def test_fixed_tiles_give_a_row_the_same_bits_in_any_company() -> None:
+    pytest.importorskip("triton")
+    from expert_worker.kernels.grouped_gemm import expert_mlp
+
+    case = Case.random([5, 200], 1024, 2048, torch.bfloat16, Gelu.ERF, device="cuda")
+    whole = expert_mlp(*case.arguments, fixed_tiles=True)
+    for row, counts in ((2, [1, 0]), (41, [0, 1]), (204, [0, 1])):
+        alone = expert_mlp(case.rows[row : row + 1], counts, *case.arguments[2:], fixed_tiles=True)
+        assert torch.equal(alone[0], whole[row]), row

@@ -1,0 +1,1 @@
+"""Grafana dashboards, one module each; `deploy/make_dashboards.py` writes them into the chart."""
