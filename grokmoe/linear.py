@@ -16,6 +16,10 @@ class Linear(Protocol):
     """One weight, ready for its device."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the weight is, and what it is multiplied with must be."""
+
+    @property
     def row_counts(self) -> tuple[int, ...]:
         """The row counts it computes with, ascending; empty: all of them."""
 

@@ -86,7 +86,8 @@ class PackedLinear:
     @property
     def device(self) -> torch.device:
         """Where the weight is, and what it is multiplied with must be."""
-        return self._weight.device
+        device: torch.device = self._weight.device
+        return device
 
     @property
     def row_counts(self) -> tuple[int, ...]:

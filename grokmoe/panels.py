@@ -123,7 +123,8 @@ def _product(element: Any) -> Any:
 def num_groups(num_rows: int, num_in: int) -> int:
     """Groups of so many rows, see `rows_per_group`."""
     at_once: int = rows_per_group.py_func(num_in) // MOST_ROWS
-    return math.ceil(num_blocks.py_func(num_rows) / at_once)
+    blocks: int = num_blocks.py_func(num_rows)
+    return math.ceil(blocks / at_once)
 
 
 def pack_blocks(x_NI: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
@@ -157,6 +158,12 @@ class PanelLinear:
         self.dtype = weight_OI.dtype
         assert can_use_panels(self.dtype, self.in_features)
         self.panels = to_panels(weight_OI)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        device: torch.device = self.panels.device
+        return device
 
     @property
     def row_counts(self) -> tuple[int, ...]:
