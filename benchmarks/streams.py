@@ -34,10 +34,12 @@ from grokmoe.v1 import generation_pb2 as pb
 from launcher.process import RoleProcess
 
 BUSY = 8
-BUSY_TOKENS = 900
-"""Of a busy stream beside idle ones: the model's context holds 1024."""
+BUSY_TOKENS = 500
+"""Of a busy stream beside idle ones. Its rate is that from the first fifth to nine tenths of them."""
 NUM_CLIENTS = 2
 """Client processes."""
+SMALL_WINDOW = (("grpc.http2.bdp_probe", 0),)
+"""Of a client that does not read: the server can send 64 KiB ahead and no more."""
 GRPC_THREADS = ("grpc", "event_engine", "resolver", "timer")
 """How gRPC names its threads; Python's and torch's have the process's name."""
 
@@ -116,6 +118,12 @@ class Server:
             while (status := await self._client.status()).running != running or status.waiting != waiting:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
+    async def generated(self, tokens: float) -> None:
+        """Waits until so many tokens have been generated."""
+        async with asyncio.timeout(300):
+            while await self.tokens() < tokens:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
     async def tokens(self) -> float:
         """Tokens generated so far."""
         return (await asyncio.to_thread(self.metrics))["grokmoe_generated_tokens_total", ""]
@@ -172,7 +180,7 @@ async def measure_streams(server: Server, count: int, tokens: int) -> dict[str, 
 async def idle_streams(server: Server, count: int, request: pb.GenerateRequest) -> AsyncIterator[None]:
     """Calls that nobody reads, over as many connections as keep below a connection's limit of streams."""
     data = pb.StreamGenerateRequest(generate=request).SerializeToString()
-    channels = [open_channel(server.address) for _ in range(1 + count // 100)]
+    channels = [open_channel(server.address, SMALL_WINDOW) for _ in range(1 + count // 100)]
     method = "/grokmoe.v1.Generation/StreamGenerate"
     calls = [channels[number % len(channels)].unary_stream(method)(data) for number in range(count)]
     try:
@@ -183,15 +191,16 @@ async def idle_streams(server: Server, count: int, request: pb.GenerateRequest) 
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
-async def busy_rate(server: Server, count: int, kind: str, seconds: float) -> float:
+async def busy_rate(server: Server, count: int, kind: str) -> float:
     """Tokens per second of the busy streams, beside `count` idle ones."""
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]))
-    request.stopping.ignore_eos, request.stopping.max_tokens = True, 16
+    request.stopping.ignore_eos, request.stopping.max_tokens = True, 24
     async with contextlib.AsyncExitStack() as stack:
         if kind == "slow" and count:
-            request.response.logprobs = 400  # their messages fill what a connection may buffer
+            request.response.logprobs = 1000  # 24 such messages are twice the window
+            begun = await server.tokens()
             await stack.enter_async_context(idle_streams(server, count, request))
-            await asyncio.sleep(1)
+            await server.generated(begun + count)  # each has at least its first
             await server.until(0, 0)
         begun = await server.tokens()
         busy = server.start(streams, BUSY, BUSY_TOKENS)
@@ -199,10 +208,9 @@ async def busy_rate(server: Server, count: int, kind: str, seconds: float) -> fl
         if kind == "queued" and count:
             await stack.enter_async_context(idle_streams(server, count, request))
             await server.until(BUSY, count)
-        while await server.tokens() < begun + BUSY * BUSY_TOKENS * 0.4:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await server.generated(begun + BUSY * BUSY_TOKENS * 0.2)
         first, begin = await server.tokens(), time.perf_counter()
-        await asyncio.sleep(seconds)
+        await server.generated(begun + BUSY * BUSY_TOKENS * 0.9)
         last, end = await server.tokens(), time.perf_counter()
         await stack.aclose()
         await busy
@@ -225,7 +233,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             rates: dict[int, list[float]] = {0: [], options.idle: []}
             for number in range(options.rounds):
                 for count in sorted(rates, reverse=bool(number % 2)):
-                    rates[count].append(await busy_rate(server, count, kind, options.window))
+                    rates[count].append(await busy_rate(server, count, kind))
             ratios = [beside / alone for alone, beside in zip(rates[0], rates[options.idle], strict=True)]
             found["idle"][kind] = {"alone": rates[0], "beside": rates[options.idle], "ratio": statistics.median(ratios)}
     return found
@@ -239,7 +247,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of tiny requests (default: 5)")
     parser.add_argument("--idle", type=int, default=1000, help="idle streams (default: 1000)")
     parser.add_argument("--rounds", type=int, default=4, help="with and without idle streams (default: 4)")
-    parser.add_argument("--window", type=float, default=1.0, help="seconds of the busy streams counted (default: 1)")
     found = asyncio.run(measure(parser.parse_args()))
     console = Console(width=180)
     rows = found["streams"]

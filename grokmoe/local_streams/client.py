@@ -58,6 +58,10 @@ class LocalCall:
             raise self._error from error
         return frames
 
+    def write_now(self, message: bytes) -> bool:
+        """Sends one message if that needs no waiting; False: it was not sent, and `write` will say why."""
+        return self._frames is not None and self._error is None and self._frames.write_now(Kind.MESSAGE, message)
+
     async def write(self, message: bytes) -> None:
         """Sends one message. Raises AioRpcError when the stream is over."""
         frames = await self._connected()

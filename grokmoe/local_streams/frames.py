@@ -163,6 +163,13 @@ class Frames(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
         return frame
 
+    def write_now(self, kind: Kind, content: bytes) -> bool:
+        """Sends a frame if that needs no waiting; False: it was not sent."""
+        if self._is_over or not self._may_write or self._transport.is_closing():
+            return False
+        self._transport.writelines((HEADER.pack(len(content), kind), content))
+        return True
+
     def last(self) -> Frame | None:
         """The last frame that has come, if nobody has read it."""
         return self._frames[-1] if self._frames else None

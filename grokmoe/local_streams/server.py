@@ -45,6 +45,8 @@ class _Context:
 
     async def write(self, message: bytes) -> None:
         """Sends one message. Raises grpc.aio.BaseError when the caller is gone."""
+        if self._frames.write_now(Kind.MESSAGE, message):
+            return
         try:
             await self._frames.write(Kind.MESSAGE, message)
         except ConnectionError as error:

@@ -50,15 +50,25 @@ class _ExpertStream:
         request_id = request.request_id = self._next_id
         future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
-        # A task of its own, because gRPC cancels a stream when one of its writes is cancelled: a caller that leaves
-        # in the middle of a large request must not take the other calls with it.
-        write = asyncio.ensure_future(self._write(request_id, tensors.encode_rows(request, rows_ND, "request_id")))
-        self._writes.add(write)
-        write.add_done_callback(self._writes.discard)
         try:
+            if not self._write_now(request, rows_ND):
+                # A task of its own, because gRPC cancels a stream when one of its writes is cancelled: a caller that
+                # leaves in the middle of a large request must not take the other calls with it.
+                messages = tensors.encode_rows(request, rows_ND, "request_id")
+                write = asyncio.ensure_future(self._write(request_id, messages))
+                self._writes.add(write)
+                write.add_done_callback(self._writes.discard)
             return await future
         finally:
             del self._waiting[request_id]
+
+    def _write_now(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor) -> bool:
+        """Saves the task where the request is one message and the stream takes it at once."""
+        if not self._stream.is_direct or self._writes or rows_ND.nbytes > tensors.MAX_CHUNK_BYTES:
+            return False
+        if rows_ND.dtype not in (torch.float32, torch.bfloat16):
+            return False  # the other way says what is wrong
+        return self._stream.write_now(tensors.encode(request, rows_ND))
 
     async def _write(self, request_id: int, messages: Iterable[bytes]) -> None:
         async with self._writing:

@@ -13,6 +13,7 @@ import grpc
 
 from grokmoe.channel import TIMEOUTS
 from grokmoe.errors import ConfigError, FailedPrecondition, GrokmoeError, InvalidRequest, Unavailable
+from grokmoe.local_streams import LocalCall
 from grokmoe.status import from_rpc_error
 from router.transport.worker_access import WorkerChannel
 
@@ -30,10 +31,20 @@ class Stream:
     def __init__(self, channel: WorkerChannel, method: str) -> None:
         self._call: Any = channel.stream(method)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether messages may be sent without waiting, which gRPC cannot promise."""
+        return isinstance(self._call, LocalCall)
+
+    def write_now(self, message: bytes) -> bool:
+        """Sends one message on a direct stream if it takes it at once; False: it was not sent."""
+        return self.is_direct and bool(self._call.write_now(message))
+
     async def write(self, messages: Iterable[bytes]) -> None:
         try:
             for message in messages:
-                await self._call.write(message)
+                if not self.write_now(message):
+                    await self._call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise await self._why(error) from error
 

@@ -47,6 +47,7 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
     from launcher.serve import ServeSettings
     from launcher.top import TopSettings
     from launcher.up import UpSettings
+    from planner.settings import PlanSettings
     from router.config import RouterSettings
 
     kinds = (
@@ -56,13 +57,14 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
         DemoSettings,
         GenerateSettings,
         LoadtestSettings,
+        PlanSettings,
         ServeSettings,
         TopSettings,
         UpSettings,
         RouterSettings,
     )
     known = {field.replace("_", "-") for kind in kinds for field in kind.__dataclass_fields__}
-    commands = [ROOT / "launcher" / "loadtest.py", ROOT / "launcher" / "experts.py"]
+    commands = [ROOT / "launcher" / f"{name}.py" for name in ("loadtest", "experts", "checkpoint", "plan")]
     for program in [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tools/*.py"), *commands]:
         known |= set(re.findall(r'add_argument\(\s*"--([a-z-]+)"', program.read_text()))
     named = set(re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", page.read_text()))

@@ -53,7 +53,7 @@ REFUSED: dict[str, Object] = {
     "a fraction for a whole number": at("attention.settings", {"page-size": 1.5}),
     "a number for a switch": at("attention.settings", {"deterministic": 1}),
     "a choice that is none": at("router.settings", {"log-level": "loud"}),
-    "a device that attention workers have not": at("attention.device", "cuda"),
+    "a device that attention workers have not": at("attention.device", "tpu"),
     "a setting as a variable": at("router.env", [{"name": "GROKMOE_MAX_RUNNING", "value": "4"}]),
     "an argument that is no flag": at("router.extraArgs", ["max-running"]),
     # The model.

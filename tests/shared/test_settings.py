@@ -150,6 +150,9 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "rebalance_threshold": st.floats(1.0, 1e6),
     "rebalance_horizon": st.floats(1e-3, 1e6),
     "state": st.sampled_from(["", "state.json", "-x.json"]),
+    "traces": st.sampled_from(["", "http://collector:4317", "https://[::1]:4317"]),
+    "trace_share": st.floats(0, 1),
+    "device": st.just("cpu"),
 }
 """Fields whose settings class refuses other values."""
 
