@@ -74,7 +74,7 @@ def add_flags(parser: argparse._ActionsContainer, kind: type, environ: Mapping[s
         text = field.metadata["help"] + (f" (default: {shown})" if shown not in (None, "") else "")
         options: dict[str, Any] = {"default": default, "help": text.replace("%", "%%"), "dest": field.name}
         flag = "--" + field.name.replace("_", "-")
-        if hints[field.name] is bool:
+        if hints[field.name] in (bool, bool | None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
         if field.metadata["choices"]:

@@ -50,6 +50,7 @@ class Example:
     flag: bool = setting(False, "whether")
     parts: tuple[int, ...] = setting([1, 2], "numbers")
     seed: int | None = setting(None, "a seed")
+    eager: bool | None = setting(None, "either way")
     max_rows_per_call: int = setting(8, "most rows")
 
 
@@ -78,6 +79,8 @@ def test_no_flags_mean_the_defaults(kind: Any) -> None:
         ("--parts 5,6,7", "PARTS", " 5, 6 ,7", {"parts": (5, 6, 7)}),
         ("--parts=", "PARTS", "", {"parts": ()}),
         ("--seed 0", "SEED", "0", {"seed": 0}),
+        ("--eager", "EAGER", "true", {"eager": True}),
+        ("--no-eager", "EAGER", "false", {"eager": False}),
         ("--max-rows-per-call 9", "MAX_ROWS_PER_CALL", "9", {"max_rows_per_call": 9}),
     ],
 )
@@ -129,6 +132,7 @@ VALUES = {
     "tuple[str, ...]": st.lists(ADDRESS, max_size=3).map(tuple),
     "tuple[int, ...]": st.lists(st.integers(), max_size=3).map(tuple),
     "int | None": st.none() | st.integers(),
+    "bool | None": st.none() | st.booleans(),
     "str | None": st.none() | TEXT,
     "Colour": st.sampled_from(Colour),
 }
