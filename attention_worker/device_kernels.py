@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden, H query heads, K KV heads, d head size, X = (H + 2 K
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -94,58 +94,12 @@ class PlainKernels:
         return reference.paged_attention(q_THd, k_KPSd, v_KPSd, batch, scale, cap)
 
 
-class CpuKernels:
-    """Compiled loops, and for long chunks matrix products."""
+class _PagedKernels:
+    """What those that are not plain have alike: a module for paged attention and one for the rotary embedding."""
 
-    def __init__(self, deterministic: bool = False) -> None:
-        """deterministic: see `kernels.cpu`."""
-        from attention_worker.kernels import cpu, cpu_norm, cpu_rotary  # numba is not loaded where it is not used
-
-        self._cpu, self._cpu_rotary, self._deterministic = cpu, cpu_rotary, deterministic
-        self.norm, self.add_normed = cpu_norm.norm, cpu_norm.add_normed
-
-    def add_normed_then_norm(
-        self,
-        h_TD: torch.Tensor,
-        y_TD: torch.Tensor,
-        y_gain_D: torch.Tensor,
-        h_gain_D: torch.Tensor,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """See PlainKernels."""
-        self.add_normed(h_TD, y_TD, y_gain_D, eps)
-        return self.norm(h_TD, h_gain_D, eps, dtype)
-
-    def rotate_and_store(
-        self, qkv_TX: torch.Tensor, rotation: Rotation, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
-    ) -> torch.Tensor:
-        """See PlainKernels."""
-        return self._cpu_rotary.rotate_and_store(qkv_TX, rotation.cos, rotation.sin, k_KPSd, v_KPSd, batch.slots_T)
-
-    def attend(
-        self,
-        q_THd: torch.Tensor,
-        k_KPSd: torch.Tensor,
-        v_KPSd: torch.Tensor,
-        batch: StepBatch,
-        scale: float,
-        cap: float,
-    ) -> torch.Tensor:
-        """See PlainKernels."""
-        return self._cpu.paged_attention(q_THd, k_KPSd, v_KPSd, batch, scale, cap, self._deterministic)
-
-
-class TritonKernels:
-    """Triton, for GPUs."""
-
-    def __init__(self, deterministic: bool = False) -> None:
-        """deterministic: see `kernels.device_tiles`."""
-        from attention_worker.kernels import triton_attention, triton_norm, triton_rotary  # not installed everywhere
-
-        self._attention, self._rotary, self._deterministic = triton_attention, triton_rotary, deterministic
-        self.norm, self.add_normed = triton_norm.norm, triton_norm.add_normed
-        self.add_normed_then_norm = triton_norm.add_normed_then_norm
+    _attention: Any
+    _rotary: Any
+    _deterministic: bool
 
     def rotate_and_store(
         self, qkv_TX: torch.Tensor, rotation: Rotation, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
@@ -164,6 +118,42 @@ class TritonKernels:
     ) -> torch.Tensor:
         """See PlainKernels."""
         return self._attention.paged_attention(q_THd, k_KPSd, v_KPSd, batch, scale, cap, self._deterministic)
+
+
+class CpuKernels(_PagedKernels):
+    """Compiled loops, and for long chunks matrix products."""
+
+    def __init__(self, deterministic: bool = False) -> None:
+        """deterministic: see `kernels.cpu`."""
+        from attention_worker.kernels import cpu, cpu_norm, cpu_rotary  # numba is not loaded where it is not used
+
+        self._attention, self._rotary, self._deterministic = cpu, cpu_rotary, deterministic
+        self.norm, self.add_normed = cpu_norm.norm, cpu_norm.add_normed
+
+    def add_normed_then_norm(
+        self,
+        h_TD: torch.Tensor,
+        y_TD: torch.Tensor,
+        y_gain_D: torch.Tensor,
+        h_gain_D: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See PlainKernels."""
+        self.add_normed(h_TD, y_TD, y_gain_D, eps)
+        return self.norm(h_TD, h_gain_D, eps, dtype)
+
+
+class TritonKernels(_PagedKernels):
+    """Triton, for GPUs."""
+
+    def __init__(self, deterministic: bool = False) -> None:
+        """deterministic: see `kernels.device_tiles`."""
+        from attention_worker.kernels import triton_attention, triton_norm, triton_rotary  # not installed everywhere
+
+        self._attention, self._rotary, self._deterministic = triton_attention, triton_rotary, deterministic
+        self.norm, self.add_normed = triton_norm.norm, triton_norm.add_normed
+        self.add_normed_then_norm = triton_norm.add_normed_then_norm
 
 
 def select_kernels(device: torch.device | str, deterministic: bool = False) -> DeviceKernels:

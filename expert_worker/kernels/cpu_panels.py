@@ -145,9 +145,3 @@ def expert_mlp(
         counts, weights_E3, h_NF, out_ND, grain=grain(usual, num_ffn),
     )  # fmt: skip
     return out_ND
-
-
-def compile_all() -> None:
-    """Makes the loops, so that the first call need not wait for them."""
-    _gate_up.compile(torch.bfloat16)
-    _down.compile(torch.bfloat16)

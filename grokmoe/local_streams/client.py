@@ -10,12 +10,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
-from grokmoe.local_streams.frames import SUFFIX, Frames, Kind
+from grokmoe.local_streams.frames import DETAILS_KEY, SUFFIX, Frames, Kind
 from grokmoe.target import parse_target
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_DETAILS_KEY = "grpc-status-details-bin"
 
 
 def find_socket(address: str) -> str | None:
@@ -127,7 +126,7 @@ class LocalCall:
 
 
 def _rpc_error(code: grpc.StatusCode, details: str, status: bytes = b"") -> grpc.aio.AioRpcError:
-    trailing = grpc.aio.Metadata(*(((_DETAILS_KEY, status),) if status else ()))
+    trailing = grpc.aio.Metadata(*(((DETAILS_KEY, status),) if status else ()))
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details, None)
 
 

@@ -12,6 +12,9 @@ from typing import Any
 SUFFIX = ".rows"
 """What the path of the socket for streams has after that of the worker's gRPC socket."""
 
+DETAILS_KEY = "grpc-status-details-bin"
+"""Of trailing metadata: where gRPC has the google.rpc.Status that END carries here."""
+
 HEADER = struct.Struct("<IB")
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """Longer frames are refused before anything is kept of them. Senders cut rows at 2 MiB (grokmoe.tensors)."""

@@ -13,7 +13,7 @@ import grpc
 from google.rpc import status_pb2
 
 from grokmoe.errors import GrokmoeError, InvalidRequest, NotFound, Reason
-from grokmoe.local_streams.frames import Frames, Kind
+from grokmoe.local_streams.frames import DETAILS_KEY, Frames, Kind
 from grokmoe.status import to_status
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ Prove = Callable[[str, tuple[tuple[str, str], ...]], object]
 """(method, metadata): raises the GrokmoeError that a caller who may not call it is refused with."""
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
-_DETAILS_KEY = "grpc-status-details-bin"
 
 
 class _Ended(Exception):
@@ -54,7 +53,7 @@ class _Context:
 
     async def abort_with_status(self, status: Any) -> None:
         """Ends the stream. Never returns."""
-        content = dict(status.trailing_metadata or ()).get(_DETAILS_KEY)
+        content = dict(status.trailing_metadata or ()).get(DETAILS_KEY)
         if content is None:
             content = status_pb2.Status(code=status.code.value[0], message=status.details).SerializeToString()
         with contextlib.suppress(ConnectionError):

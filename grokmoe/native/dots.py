@@ -21,6 +21,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from grokmoe.native.building import at, for_each_count, instruction
+
 PANEL = 32
 """Outputs of a panel: two registers of float32."""
 
@@ -63,17 +65,7 @@ def dot_panel(typing: Any, num_rows: Any, block: Any, panel: Any, num_pairs: Any
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        end, never = builder.append_basic_block("dots.end"), builder.append_basic_block("dots.never")
-        switch = builder.switch(args[0], never)
-        builder.position_at_end(never)
-        builder.unreachable()
-        for num_rows in range(1, MOST_ROWS + 1):
-            block = builder.append_basic_block(f"dots.{num_rows}")
-            switch.add_case(ir.Constant(args[0].type, num_rows), block)
-            builder.position_at_end(block)
-            _pass(builder, num_rows, *args[1:])
-            builder.branch(end)
-        builder.position_at_end(end)
+        for_each_count(builder, args[0], MOST_ROWS, lambda num_rows: _pass(builder, num_rows, *args[1:]))
         return context.get_dummy_value()
 
     return types.void(*_ARGUMENTS), generate
@@ -93,9 +85,9 @@ def _pass(builder: Any, num_rows: int, block: Any, panel: Any, num_pairs: Any, o
     starts = [[builder.phi(_SUMS), builder.phi(_SUMS)] for _ in range(num_rows)]
     sums = [list(halves) for halves in starts]
     for step in range(UNROLL):
-        at = builder.add(pair, ir.Constant(_INT64, step))
-        weights = [_weights(builder, panel, at, half) for half in range(2)]
-        words = builder.add(block, builder.mul(at, ir.Constant(_INT64, 4 * num_rows)))
+        current = builder.add(pair, ir.Constant(_INT64, step))
+        weights = [_weights(builder, panel, current, half) for half in range(2)]
+        words = builder.add(block, builder.mul(current, ir.Constant(_INT64, 4 * num_rows)))
         for row, halves in enumerate(sums):
             inputs = _broadcast(builder, words, 4 * row)
             for half in range(2):
@@ -110,29 +102,21 @@ def _pass(builder: Any, num_rows: int, block: Any, panel: Any, num_pairs: Any, o
     builder.position_at_end(after)
     for row, halves in enumerate(sums):
         for half in range(2):
-            builder.store(halves[half], _at(builder, out, 128 * row + 64 * half, _SUMS), align=4)
-
-
-def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(address, ir.Constant(_INT64, offset)), kind.as_pointer())
+            builder.store(halves[half], at(builder, out, 128 * row + 64 * half, _SUMS), align=4)
 
 
 def _weights(builder: Any, panel: Any, pair: Any, half: int) -> Any:
     address = builder.add(panel, builder.mul(pair, ir.Constant(_INT64, 4 * PANEL)))
-    return builder.bitcast(builder.load(_at(builder, address, 64 * half, _WORDS), align=64), _PAIRS)
+    return builder.bitcast(builder.load(at(builder, address, 64 * half, _WORDS), align=64), _PAIRS)
 
 
 def _broadcast(builder: Any, words: Any, offset: int) -> Any:
     """Two inputs of a row, in every lane."""
-    word = builder.load(_at(builder, words, offset, _INT32), align=4)
+    word = builder.load(at(builder, words, offset, _INT32), align=4)
     nothing = ir.Constant(_WORDS, ir.Undefined)
     first = builder.insert_element(nothing, word, ir.Constant(_INT32, 0))
     return builder.bitcast(builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * 16)), _PAIRS)
 
 
 def _multiply_add(builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
-    module = builder.module
-    function = module.globals.get(_INSTRUCTION) or ir.Function(
-        module, ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]), _INSTRUCTION
-    )
-    return builder.call(function, [total, weights, inputs])
+    return instruction(builder, _INSTRUCTION, _SUMS, [total, weights, inputs])

@@ -22,6 +22,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from grokmoe.native.building import at, for_each_count, instruction
 from grokmoe.native.loop import inner
 from grokmoe.native.views import array
 
@@ -84,17 +85,7 @@ def dot_plain(num_rows: int, x: int, x_stride: int, panel: int, num_steps: int, 
 @intrinsic
 def _dot(typing: Any, num_rows: Any, x: Any, x_stride: Any, panel: Any, num_steps: Any, sums: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        end, never = builder.append_basic_block("dots.end"), builder.append_basic_block("dots.never")
-        switch = builder.switch(args[0], never)
-        builder.position_at_end(never)
-        builder.unreachable()
-        for num_rows in range(1, MOST_ROWS + 1):
-            block = builder.append_basic_block(f"dots.{num_rows}")
-            switch.add_case(ir.Constant(args[0].type, num_rows), block)
-            builder.position_at_end(block)
-            _pass(builder, num_rows, *args[1:])
-            builder.branch(end)
-        builder.position_at_end(end)
+        for_each_count(builder, args[0], MOST_ROWS, lambda num_rows: _pass(builder, num_rows, *args[1:]))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
@@ -105,13 +96,13 @@ def _pass(builder: Any, num_rows: int, x: Any, x_stride: Any, panel: Any, num_st
     places = [(row, register) for row in range(num_rows) for register in range(_REGISTERS)]
     before, body, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
     rows = [builder.add(x, builder.mul(x_stride, _INT64(row))) for row in range(num_rows)]
-    starts = [builder.load(_at(builder, sums, 64 * place, _SUMS), align=4) for place in range(len(places))]
+    starts = [builder.load(at(builder, sums, 64 * place, _SUMS), align=4) for place in range(len(places))]
     builder.branch(body)
     builder.position_at_end(body)
     step = builder.phi(_INT64)
     held = [builder.phi(_SUMS) for _ in places]
     weights = builder.add(panel, builder.mul(step, _INT64(STEP_INPUTS * PANEL_OUTPUTS)))
-    weights = [builder.load(_at(builder, weights, 64 * register, _SUMS), align=1) for register in range(_REGISTERS)]
+    weights = [builder.load(at(builder, weights, 64 * register, _SUMS), align=1) for register in range(_REGISTERS)]
     inputs = [_broadcast(builder, builder.add(row, builder.mul(step, _INT64(STEP_INPUTS)))) for row in rows]
     new = [
         _multiply_add(builder, total, weights[register], inputs[row])
@@ -126,27 +117,21 @@ def _pass(builder: Any, num_rows: int, x: Any, x_stride: Any, panel: Any, num_st
     builder.cbranch(builder.icmp_signed("<", following, num_steps), body, after)
     builder.position_at_end(after)
     for place, total in enumerate(new):
-        builder.store(total, _at(builder, sums, 64 * place, _SUMS), align=4)
-
-
-def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(address, _INT64(offset)), kind.as_pointer())
+        builder.store(total, at(builder, sums, 64 * place, _SUMS), align=4)
 
 
 def _broadcast(builder: Any, address: Any) -> Any:
     """Four inputs of a row, in every lane."""
-    four = builder.load(_at(builder, address, 0, _INT32), align=1)
+    four = builder.load(at(builder, address, 0, _INT32), align=1)
     nothing = ir.Constant(_SUMS, ir.Undefined)
     first = builder.insert_element(nothing, four, _INT32(0))
     return builder.shuffle_vector(first, nothing, ir.Constant(_SUMS, [0] * 16))
 
 
 def _multiply_add(builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
-    operand, module = _operand_type(), builder.module
-    function = module.globals.get(_INSTRUCTION) or ir.Function(
-        module, ir.FunctionType(_SUMS, [_SUMS, operand, operand]), _INSTRUCTION
-    )
-    return builder.call(function, [total, builder.bitcast(weights, operand), builder.bitcast(inputs, operand)])
+    operand = _operand_type()
+    operands = [total, builder.bitcast(weights, operand), builder.bitcast(inputs, operand)]
+    return instruction(builder, _INSTRUCTION, _SUMS, operands)
 
 
 if has_int8_dots():
