@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -60,11 +61,18 @@ class StepRun:
     """
 
     def __init__(
-        self, forward: Forward, plan: StepPlan, rows: LogitRows, metrics: AttentionMetrics, clock: StageClock
+        self,
+        forward: Forward,
+        plan: StepPlan,
+        rows: LogitRows | None,
+        first_layer: int,
+        metrics: AttentionMetrics,
+        clock: StageClock,
     ) -> None:
+        """rows: what the logits are of; None: the forward ends with the residual."""
         self._forward, self._plan, self._rows, self._metrics = forward, plan, rows, metrics
         self._clock, self.stages_ns = clock, no_time()
-        self._layer = -1
+        self._layer = first_layer - 1
         self._x_TD: torch.Tensor | None = None
         self._expected: tuple[torch.Size, torch.dtype] | None = None
 
@@ -95,17 +103,13 @@ class StepRun:
         """The one whose pages the step uses."""
         return self._plan.incarnation
 
-    def _finish(self, logits_RV: torch.Tensor) -> StepResult:
+    def _finish(self, last: torch.Tensor) -> StepResult:
+        """last: what the forward has returned."""
         chunks = self._plan.chunks
         assert self._x_TD is not None
-        faulty = faulty_chunks(chunks, self._rows, self._x_TD, logits_RV)
-        if faulty:
-            logger.error("%d of %d chunks of a step are not finite", len(faulty), len(chunks))
-            logits_RV = logits_RV.clone()
-            logits_RV[faulty_rows(logits_RV)] = (
-                0.0  # nobody looks at them, but what is computed of them must be defined
-            )
-        result = dataclasses.replace(step_result(chunks, self._rows, logits_RV), faulty_chunks=faulty)
+        result = _result(chunks, self._rows, self._x_TD, last)
+        if result.faulty_chunks:
+            logger.error("%d of %d chunks of a step are not finite", len(result.faulty_chunks), len(chunks))
         self._clock.lap("sample")
         self._metrics.steps.labels("ok").inc()
         self._metrics.tokens.inc(sum(len(chunk.token_ids) for chunk in chunks))
@@ -116,8 +120,25 @@ class StepRun:
         self._forward.close()
 
 
+def _result(
+    chunks: Sequence[SequenceChunk], rows: LogitRows | None, x_TD: torch.Tensor, last: torch.Tensor
+) -> StepResult:
+    """rows: what the logits are of; None: there is no head here. x_TD: the last MoE input. last: what the forward has
+    returned, logits or the residual."""
+    if rows is None:
+        return StepResult((), hidden_state=last, faulty_chunks=faulty_chunks(chunks, last))
+    faulty = faulty_chunks(chunks, x_TD, rows.step_rows_R, last)
+    if faulty:
+        last = last.clone()
+        last[faulty_rows(last)] = 0.0  # nobody looks at them, but what is computed of them must be defined
+    return dataclasses.replace(step_result(chunks, rows, last), faulty_chunks=faulty)
+
+
 class AttentionEngine:
-    """One attention worker's model, cache and device thread."""
+    """One attention worker's model, cache and device thread.
+
+    held: the numbers of the layers that it computes.
+    """
 
     def __init__(
         self,
@@ -128,11 +149,10 @@ class AttentionEngine:
         device: DeviceThread,
     ) -> None:
         self.config, self.settings, self.device = config, settings, device
-        self.dtype = weights.embedding_VD.dtype
-        self.torch_device = weights.embedding_VD.device
+        self.dtype, self.torch_device, self.held = weights.dtype, weights.device, weights.held
         self.metrics = metrics
         self._cache = KVCache(
-            config.num_layers,
+            len(self.held),
             settings.num_pages,
             settings.page_size,
             config.num_kv_heads,
@@ -144,7 +164,7 @@ class AttentionEngine:
         metrics.queue.set_function(lambda: device.num_waiting)
         self._model = Model(config, weights, self._cache)
         self._check = PlanCheck(
-            config, new_incarnation(), settings.num_pages, settings.page_size, settings.max_step_tokens
+            config, self.held, new_incarnation(), settings.num_pages, settings.page_size, settings.max_step_tokens
         )
 
     @torch.inference_mode()
@@ -158,15 +178,17 @@ class AttentionEngine:
             self._warm_up_with((SequenceChunk((0,) * num_tokens, 0, pages, TokenSampling()),))
 
     def _warm_up_with(self, chunks: tuple[SequenceChunk, ...]) -> None:
-        rows = LogitRows.of(chunks)
-        forward = self._model.forward(StepBatch.build(chunks, self.settings.page_size), torch.tensor(rows.step_rows_R))
+        rows = self._logit_rows(chunks)
+        hidden_TD = None
+        if self.held.start:
+            hidden_TD = torch.zeros(sum(len(chunk.token_ids) for chunk in chunks), self.config.hidden_size)
+        forward = self._forward(chunks, rows, hidden_TD)
         x_TD = next(forward)
         try:
             while True:
                 x_TD = forward.send(x_TD)
         except StopIteration as end:
-            faulty_chunks(chunks, rows, x_TD, end.value)
-            step_result(chunks, rows, end.value)
+            _result(chunks, rows, x_TD, end.value)
 
     @property
     def incarnation(self) -> str:
@@ -191,13 +213,22 @@ class AttentionEngine:
         except Exception:
             self.metrics.steps.labels("refused").inc()
             raise
-        batch = StepBatch.build(plan.chunks, self.settings.page_size)
-        rows = LogitRows.of(plan.chunks)
-        forward = self._model.forward(batch, torch.tensor(rows.step_rows_R, dtype=torch.int64))
-        return StepRun(forward, plan, rows, self.metrics, self._model.clock)
+        rows = self._logit_rows(plan.chunks)
+        forward = self._forward(plan.chunks, rows, plan.hidden_state)
+        return StepRun(forward, plan, rows, self.held.start, self.metrics, self._model.clock)
+
+    def _logit_rows(self, chunks: Sequence[SequenceChunk]) -> LogitRows | None:
+        """None where the head is another stage's, and with it whatever is asked for of the logits."""
+        return LogitRows.of(chunks) if self.held.stop == self.config.num_layers else None
+
+    def _forward(
+        self, chunks: Sequence[SequenceChunk], rows: LogitRows | None, hidden_TD: torch.Tensor | None
+    ) -> Forward:
+        step_rows_R = torch.tensor(() if rows is None else rows.step_rows_R, dtype=torch.int64)
+        return self._model.forward(StepBatch.build(chunks, self.settings.page_size), step_rows_R, hidden_TD)
 
 
-def num_pages_in(config: ModelConfig, dtype: torch.dtype, page_size: int, gib: float) -> int:
-    """KV pages that fit into `gib` GiB; at least one sequence of full context, as a smaller cache could serve none."""
-    page_bytes = 2 * config.num_layers * config.kv_size * page_size * dtype.itemsize
+def num_pages_in(config: ModelConfig, num_layers: int, dtype: torch.dtype, page_size: int, gib: float) -> int:
+    """KV pages of so many layers in `gib` GiB; at least one sequence of full context, as fewer could serve none."""
+    page_bytes = 2 * num_layers * config.kv_size * page_size * dtype.itemsize
     return max(int(gib * 2**30) // page_bytes, -(-config.context_length // page_size))

@@ -2,7 +2,8 @@
 
 One sum per row is enough: a row with a NaN or an infinity in it has no finite sum. Two tensors are looked at. The last
 MoE input carries what went wrong in any earlier layer, since the residual goes through all of them, and it has a row
-for every token, also for those whose keys and values are all that is wanted. The logits carry the rest.
+for every token, also for those whose keys and values are all that is wanted. The logits carry the rest. A stage without
+the last layer looks at the residual that it hands on, which carries it all.
 
 Letters: T tokens, D hidden, R rows of logits, V vocabulary.
 """
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 
-from attention_worker.logit_rows import LogitRows
 from attention_worker.row_passes import row_sums
 from grokmoe.step_plan import SequenceChunk
 
@@ -27,18 +27,19 @@ def faulty_rows(x_RV: torch.Tensor) -> list[int]:
 
 
 def faulty_chunks(
-    chunks: Sequence[SequenceChunk], rows: LogitRows, x_TD: torch.Tensor, logits_RV: torch.Tensor
+    chunks: Sequence[SequenceChunk],
+    x_TD: torch.Tensor,
+    token_R: Sequence[int] = (),
+    logits_RV: torch.Tensor | None = None,
 ) -> tuple[int, ...]:
-    """The chunks concerned, by their place in the plan. x_TD: the last MoE input."""
-    tokens, logits = faulty_rows(x_TD), faulty_rows(logits_RV)
-    if not tokens and not logits:
+    """The chunks concerned, by their place in the plan.
+
+    x_TD: the last MoE input, or the residual that the step ends with. token_R: the token of each row of logits.
+    """
+    tokens = set(faulty_rows(x_TD))
+    if logits_RV is not None:
+        tokens.update(token_R[row] for row in faulty_rows(logits_RV))
+    if not tokens:
         return ()
-    found, begin = [], 0
-    for index, chunk in enumerate(chunks):
-        end = begin + len(chunk.token_ids)
-        # A row of logits belongs to the chunk whose token it comes from.
-        own = {row for row, token in enumerate(rows.step_rows_R) if begin <= token < end}
-        if own.intersection(logits) or any(begin <= token < end for token in tokens):
-            found.append(index)
-        begin = end
-    return tuple(found)
+    owners = [place for place, chunk in enumerate(chunks) for _ in chunk.token_ids]
+    return tuple(sorted({owners[token] for token in tokens}))

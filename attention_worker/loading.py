@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from attention_worker.config import AttentionWorkerSettings
+from attention_worker.config import AttentionWorkerSettings, parse_layers
 from attention_worker.engine import AttentionEngine, AttentionEngineSettings, num_pages_in
 from attention_worker.weights import load_weights, row_counts
 from grokmoe.checkpoint import Checkpoint
@@ -38,10 +38,11 @@ def _load(
     dtype, torch_device = getattr(torch, settings.dtype), _device(settings.device)
     with Checkpoint.open(settings.model, settings.variant) as checkpoint:
         config = checkpoint.config
-        weights = load_weights(checkpoint, dtype, torch_device, settings.deterministic)
+        held = parse_layers(settings.layers, config.num_layers)
+        weights = load_weights(checkpoint, dtype, torch_device, settings.deterministic, held)
     if settings.deterministic:
         logger.info("deterministic; row counts of products: %s", row_counts(weights))
-    num_pages = settings.num_pages or num_pages_in(config, dtype, settings.page_size, settings.kv_gib)
+    num_pages = settings.num_pages or num_pages_in(config, len(held), dtype, settings.page_size, settings.kv_gib)
     sizes = AttentionEngineSettings(num_pages, settings.page_size, settings.max_step_tokens)
     engine = AttentionEngine(config, weights, sizes, metrics, device)
     engine.warm_up()

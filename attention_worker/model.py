@@ -1,7 +1,8 @@
 """Grok-1's forward pass with one hole: everything but the experts, in the order of the equations.
 
 The hole is the MoE. Whoever drives the generator receives each layer's MoE input and sends back its output; how and
-where that is computed is not known here. Equations: docs/numerics.md.
+where that is computed is not known here. A stage of a pipeline computes some of the layers: it begins with the residual
+that the layers before have left, and ends with the one it leaves. Equations: docs/numerics.md.
 
 Letters: T tokens of the step, D hidden, H query heads, K KV heads, d head size, R rows whose logits are wanted,
 V vocabulary.
@@ -23,11 +24,11 @@ from attention_worker.weights import AttentionWeights, LayerWeights
 from grokmoe.model_config import ModelConfig
 
 Forward = Generator[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Yields every layer's MoE input [T, D], receives its output [T, D], both on the host; returns float32 logits [R, V],
-on the model's device."""
+"""Yields every layer's MoE input [T, D], receives its output [T, D], both on the host. Returns float32 logits [R, V] on
+the model's device; without the last layer the residual [T, D], float32, on the host."""
 
 _HOLE = torch.device("cpu")
-"""Where the two are: gating, dispatch and the wire are there."""
+"""Where the two are, and the residual between two stages: gating, dispatch and the wire are there."""
 
 
 class Model:
@@ -35,16 +36,19 @@ class Model:
 
     def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: KVCache) -> None:
         self.clock = StageClock()
-        self._device = device = weights.embedding_VD.device
+        self._device = device = weights.device
         self._config, self._weights, self._cache = config, weights, cache
         self._rope = Rope(config.head_dim, config.context_length, config.rope_base, device)
         self._kernels = select_kernels(device, weights.deterministic)
 
-    def forward(self, batch: StepBatch, logit_rows_R: torch.Tensor) -> Forward:
-        """One step. logit_rows_R: rows of the step whose logits are wanted; there may be none."""
+    def forward(self, batch: StepBatch, logit_rows_R: torch.Tensor, hidden_TD: torch.Tensor | None = None) -> Forward:
+        """One step. logit_rows_R: rows of the step whose logits are wanted; there may be none.
+
+        hidden_TD: the residual after the layers before, float32, where these are another worker's; not written to.
+        """
         batch.check_pages(self._cache.num_pages)
         batch = batch.to(self._device)
-        h_TD = self._embed(batch.token_ids_T)
+        h_TD = self._embed(batch.token_ids_T) if hidden_TD is None else hidden_TD.to(self._device, copy=True)
         rotation = self._rope.angles(batch.positions_T)
         self.clock.lap("embed")
         for index, layer in enumerate(self._weights.layers):
@@ -52,11 +56,13 @@ class Model:
             x_TD = self._add_then_norm(h_TD, y_TD, layer.post_attn_norm_D, layer.pre_moe_norm_D)
             moe_TD = yield x_TD.to(_HOLE)
             self._add(h_TD, moe_TD.to(self._device), layer.post_moe_norm_D)
+        if self._weights.head is None:
+            return h_TD.to(_HOLE)
         return self._logits(h_TD.index_select(0, logit_rows_R.to(self._device)))
 
     def _norm(self, h_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
         """From the residual to the input of a block, in the model's type."""
-        x_TD = self._kernels.norm(h_TD, gain_D, self._config.norm_eps, self._weights.embedding_VD.dtype)
+        x_TD = self._kernels.norm(h_TD, gain_D, self._config.norm_eps, self._weights.dtype)
         self.clock.lap("norm")
         return x_TD
 
@@ -69,15 +75,17 @@ class Model:
         self, h_TD: torch.Tensor, y_TD: torch.Tensor, y_gain_D: torch.Tensor, h_gain_D: torch.Tensor
     ) -> torch.Tensor:
         """`_add`, then `_norm` of the sum."""
-        dtype = self._weights.embedding_VD.dtype
+        dtype = self._weights.dtype
         x_TD = self._kernels.add_normed_then_norm(h_TD, y_TD, y_gain_D, h_gain_D, self._config.norm_eps, dtype)
         self.clock.lap("norm")
         return x_TD
 
     def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """The residual stream starts here. It is float32 in every mode: it is never sent anywhere, and rounding it to
-        bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
-        return self._weights.embedding_VD.index_select(0, token_ids_T).float() * self._config.embedding_multiplier
+        """The residual stream starts here. It is float32 in every mode, from one stage to the next as well: rounding it
+        to bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
+        embedding_VD = self._weights.embedding_VD
+        assert embedding_VD is not None, "checked: only a plan for the first layer comes without a hidden state"
+        return embedding_VD.index_select(0, token_ids_T).float() * self._config.embedding_multiplier
 
     def _attend(
         self, index: int, layer: LayerWeights, x_TD: torch.Tensor, rotation: Rotation, batch: StepBatch
@@ -96,7 +104,9 @@ class Model:
         return out_TD
 
     def _logits(self, h_RD: torch.Tensor) -> torch.Tensor:
-        x_RD = self._norm(h_RD, self._weights.final_norm_D)
-        logits_RV = scaled(self._weights.head(x_RD), self._config.output_multiplier)
+        final_norm_D, head = self._weights.final_norm_D, self._weights.head
+        assert final_norm_D is not None
+        assert head is not None
+        logits_RV = scaled(head(self._norm(h_RD, final_norm_D)), self._config.output_multiplier)
         self.clock.lap("head")
         return logits_RV

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from attention_worker.sampling_check import check_sampling, check_scoring, num_top_bytes
 from grokmoe.errors import FailedPrecondition, InvalidRequest, Reason
 from grokmoe.model_config import ModelConfig
@@ -22,10 +24,11 @@ class PlanCheck:
     """
 
     def __init__(
-        self, config: ModelConfig, incarnation: str, num_pages: int, page_size: int, max_step_tokens: int
+        self, config: ModelConfig, held: range, incarnation: str, num_pages: int, page_size: int, max_step_tokens: int
     ) -> None:
+        """held: the layers."""
         self.incarnation = incarnation
-        self._config = config
+        self._config, self._held = config, held
         self._num_pages, self._page_size, self._max_step_tokens = num_pages, page_size, max_step_tokens
 
     def check(self, plan: StepPlan) -> None:
@@ -36,6 +39,7 @@ class PlanCheck:
         num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
         if num_tokens > self._max_step_tokens:
             raise InvalidRequest("plan.chunks", f"hold {num_tokens} tokens, limit is {self._max_step_tokens}")
+        self._check_hidden_state(plan.hidden_state, num_tokens)
         written: set[int] = set()
         top_bytes, vocab_size = 0, self._config.vocab_size
         for index, chunk in enumerate(plan.chunks):
@@ -59,6 +63,22 @@ class PlanCheck:
                 f"the plan is for incarnation {incarnation or '(none)'}, this is {self.incarnation}: "
                 "its pages are not here",
                 reason=Reason.WRONG_INCARNATION,
+            )
+
+    def _check_hidden_state(self, hidden_TD: torch.Tensor | None, num_tokens: int) -> None:
+        """What the layers before have computed is there if there are any, a row for every token."""
+        begin = self._held.start
+        if hidden_TD is None:
+            if begin:
+                raise InvalidRequest("payload", f"is missing: layer {begin} goes on with a hidden state")
+            return
+        if not begin:
+            raise InvalidRequest("payload", "holds a hidden state, layer 0 begins with tokens")
+        expected = (num_tokens, self._config.hidden_size)
+        if tuple(hidden_TD.shape) != expected or hidden_TD.dtype != torch.float32:
+            raise InvalidRequest(
+                "payload",
+                f"hidden state is {hidden_TD.dtype} {list(hidden_TD.shape)}, must be float32 {list(expected)}",
             )
 
     def _check_chunk(self, field: str, chunk: SequenceChunk) -> None:

@@ -62,8 +62,8 @@ class AttentionService:
             incarnation=incarnation,
             dtype=tensors.wire_dtype(engine.dtype),
             hidden_size=engine.config.hidden_size,
-            layer_begin=0,
-            layer_end=engine.config.num_layers,
+            layer_begin=engine.held.start,
+            layer_end=engine.held.stop,
             num_pages=engine.settings.num_pages,
             page_size=engine.settings.page_size,
             max_step_tokens=engine.settings.max_step_tokens,
@@ -161,9 +161,10 @@ class _Lane:
         header.stages_ns.update(self._run.stages_ns)
         self.close()
         header.result.CopyFrom(result_to_proto(result))
-        if result.logits is None:
+        payload = result.logits if result.hidden_state is None else result.hidden_state
+        if payload is None:
             return [tensors.encode(header)]
-        return list(tensors.encode_rows(header, result.logits, "step_id"))
+        return list(tensors.encode_rows(header, payload, "step_id"))
 
     async def _advance(self, request: attention_pb2.StepRequest, payload: Any) -> MoeInput | StepResult:
         if request.HasField("plan"):
@@ -172,7 +173,7 @@ class _Lane:
             self._step_id = request.step_id
             if self._is_draining:
                 raise _ending()
-            self._run = self._engine.begin(plan_from_proto(request.plan))
+            self._run = self._engine.begin(plan_from_proto(request.plan, payload))
             self._keep_lease(self._run.incarnation)
             return await self._engine.device.run(self._run.advance, None)
         if self._run is None or request.step_id != self._step_id:

@@ -28,7 +28,7 @@ assert {int(wire): int(scope) for wire, scope in _SCOPES.items()} == {int(scope)
 
 
 def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
-    """Renders a plan for the wire."""
+    """Renders a plan for the wire, without its hidden state: that is the message's payload."""
     proto = attention_pb2.StepPlan(incarnation=plan.incarnation)
     for chunk in plan.chunks:
         scoring = None
@@ -71,8 +71,9 @@ def _sampling_to_proto(how: TokenSampling) -> attention_pb2.TokenSampling:
     )
 
 
-def plan_from_proto(proto: attention_pb2.StepPlan) -> StepPlan:
-    """Reads a plan from the wire. Whether it can be run is for the attention worker to check."""
+def plan_from_proto(proto: attention_pb2.StepPlan, hidden_state: Any = None) -> StepPlan:
+    """Reads a plan from the wire. Whether it can be run is for the attention worker to check. hidden_state: the
+    message's payload, or None."""
     chunks = []
     for chunk in proto.chunks:
         try:
@@ -92,7 +93,7 @@ def plan_from_proto(proto: attention_pb2.StepPlan) -> StepPlan:
                 scoring,
             )
         )
-    return StepPlan(proto.incarnation, tuple(chunks))
+    return StepPlan(proto.incarnation, tuple(chunks), hidden_state)
 
 
 def _sampling_from_proto(wire: attention_pb2.TokenSampling) -> TokenSampling:
@@ -121,7 +122,7 @@ def _sampling_from_proto(wire: attention_pb2.TokenSampling) -> TokenSampling:
 
 
 def result_to_proto(result: StepResult) -> attention_pb2.StepResult:
-    """Renders a result for the wire, without its logits: they are the message's payload."""
+    """Renders a result for the wire, without its logits or hidden state: they are the message's payload."""
     return attention_pb2.StepResult(
         token_ids=result.token_ids,
         logprobs=[
@@ -136,11 +137,12 @@ def result_to_proto(result: StepResult) -> attention_pb2.StepResult:
             for table in result.logprobs
         ],
         faulty_chunks=result.faulty_chunks,
+        is_hidden_state=result.hidden_state is not None,
     )
 
 
-def result_from_proto(proto: attention_pb2.StepResult, logits: Any) -> StepResult:
-    """Reads a result from the wire. logits: the message's payload, or None."""
+def result_from_proto(proto: attention_pb2.StepResult, payload: Any) -> StepResult:
+    """Reads a result from the wire. payload: the message's, or None."""
     tables = [
         LogprobTable(
             tuple(table.token_ids),
@@ -152,4 +154,5 @@ def result_from_proto(proto: attention_pb2.StepResult, logits: Any) -> StepResul
         )
         for table in proto.logprobs
     ]
-    return StepResult(tuple(proto.token_ids), logits, tuple(tables), tuple(proto.faulty_chunks))
+    logits, hidden_state = (None, payload) if proto.is_hidden_state else (payload, None)
+    return StepResult(tuple(proto.token_ids), logits, tuple(tables), tuple(proto.faulty_chunks), hidden_state)

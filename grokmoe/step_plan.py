@@ -111,10 +111,15 @@ class SequenceChunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Chunks of different sequences, prefill and decode mixed, and the incarnation whose pages they name."""
+    """Chunks of different sequences, prefill and decode mixed, and the incarnation whose pages they name.
+
+    hidden_state: for a worker without the first layer, what those before it have made of the tokens: the residual,
+        float32 tensor [tokens, hidden_size]. None: it begins with the tokens.
+    """
 
     incarnation: str
     chunks: tuple[SequenceChunk, ...]
+    hidden_state: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,9 +153,12 @@ class StepResult:
     logprobs: in the order of the chunks; of each the table of its scoring, then the one of its drawn token.
     faulty_chunks: chunks, by their place in the plan, that came out as something that is not finite. Nothing that was
         computed of them, keys and values included, may be used.
+    hidden_state: from a worker without the last layer, and then there are neither tokens nor tables: the plan's
+        `hidden_state` for the worker with the next.
     """
 
     token_ids: tuple[int, ...]
     logits: Any = None
     logprobs: tuple[LogprobTable, ...] = ()
     faulty_chunks: tuple[int, ...] = ()
+    hidden_state: Any = None

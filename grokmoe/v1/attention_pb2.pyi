@@ -151,14 +151,16 @@ class LogprobTable(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., ranks: _Optional[_Iterable[int]] = ..., num_top: _Optional[int] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("token_ids", "logprobs", "faulty_chunks")
+    __slots__ = ("token_ids", "logprobs", "faulty_chunks", "is_hidden_state")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAULTY_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    IS_HIDDEN_STATE_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[LogprobTable]
     faulty_chunks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[LogprobTable, _Mapping]]] = ..., faulty_chunks: _Optional[_Iterable[int]] = ...) -> None: ...
+    is_hidden_state: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[LogprobTable, _Mapping]]] = ..., faulty_chunks: _Optional[_Iterable[int]] = ..., is_hidden_state: _Optional[bool] = ...) -> None: ...
 
 class StepResponse(_message.Message):
     __slots__ = ("step_id", "layer", "remaining_rows", "result", "failure", "compute_ns", "stages_ns", "payload")

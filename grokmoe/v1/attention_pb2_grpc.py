@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class AttentionStub:
     """The attention worker: embedding, attention over paged KV, norms, head and sampler. The caller keeps the ledger of
-    pages and fills the hole (the MoE) of every layer.
+    pages and fills the hole (the MoE) of every layer. A worker that holds some of the layers is a stage of a pipeline: the
+    caller takes the step from one stage to the next.
     """
 
     def __init__(self, channel):
@@ -50,7 +51,8 @@ class AttentionStub:
 
 class AttentionServicer:
     """The attention worker: embedding, attention over paged KV, norms, head and sampler. The caller keeps the ledger of
-    pages and fills the hole (the MoE) of every layer.
+    pages and fills the hole (the MoE) of every layer. A worker that holds some of the layers is a stage of a pipeline: the
+    caller takes the step from one stage to the next.
     """
 
     def Describe(self, request, context):
@@ -92,7 +94,8 @@ def add_AttentionServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Attention:
     """The attention worker: embedding, attention over paged KV, norms, head and sampler. The caller keeps the ledger of
-    pages and fills the hole (the MoE) of every layer.
+    pages and fills the hole (the MoE) of every layer. A worker that holds some of the layers is a stage of a pipeline: the
+    caller takes the step from one stage to the next.
     """
 
     @staticmethod

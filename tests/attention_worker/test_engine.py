@@ -156,6 +156,7 @@ def test_every_start_is_another_incarnation() -> None:
 
 
 def test_the_pages_that_fit() -> None:
-    page_bytes = 2 * CONFIG.num_layers * CONFIG.kv_size * 16 * 4
-    assert num_pages_in(CONFIG, torch.float32, 16, 100 * page_bytes / 2**30) == 100
-    assert num_pages_in(CONFIG, torch.float32, 16, 0.0) == 512 // 16, "one sequence of full context at least"
+    layer_bytes = 2 * CONFIG.kv_size * 16 * 4
+    assert num_pages_in(CONFIG, 3, torch.float32, 16, 300 * layer_bytes / 2**30) == 100
+    assert num_pages_in(CONFIG, 1, torch.float32, 16, 300 * layer_bytes / 2**30) == 300, "a stage pays for its own"
+    assert num_pages_in(CONFIG, 3, torch.float32, 16, 0.0) == 512 // 16, "one sequence of full context at least"

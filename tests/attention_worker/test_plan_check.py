@@ -140,18 +140,18 @@ ACCEPTED = [
 
 @pytest.mark.parametrize("chunks", ACCEPTED)
 def test_what_is_in_order_passes(chunks: list[SequenceChunk]) -> None:
-    check = PlanCheck(CONFIG, "me", NUM_PAGES, PAGE_SIZE, MAX_TOKENS)
+    check = PlanCheck(CONFIG, range(CONFIG.num_layers), "me", NUM_PAGES, PAGE_SIZE, MAX_TOKENS)
     check.check(StepPlan("me", tuple(chunks)))
     with pytest.raises(GrokmoeError):
-        PlanCheck(dataclasses.replace(CONFIG, context_length=1), "me", NUM_PAGES, PAGE_SIZE, MAX_TOKENS).check(
-            StepPlan("me", tuple(chunks))
-        )
+        PlanCheck(
+            dataclasses.replace(CONFIG, context_length=1), range(3), "me", NUM_PAGES, PAGE_SIZE, MAX_TOKENS
+        ).check(StepPlan("me", tuple(chunks)))
 
 
 def test_the_most_likely_tokens_of_a_plan_fit_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = (scored(targets=(1, 2, 3), num_top=50), chunk(pages=(1,), sampling=TokenSampling(num_logprobs=50)))
     whole = (chunk(pages=(2,), sampling=TokenSampling(num_logprobs=-1)), scored(num_top=-1, page=3))
-    check = PlanCheck(CONFIG, "me", NUM_PAGES, PAGE_SIZE, MAX_TOKENS)
+    check = PlanCheck(CONFIG, range(CONFIG.num_layers), "me", NUM_PAGES, PAGE_SIZE, MAX_TOKENS)
     monkeypatch.setattr(plan_check, "MAX_TOP_BYTES", 8 * 4 * 50)
     check.check(StepPlan("me", (*chunks, *whole)))
     monkeypatch.setattr(plan_check, "MAX_TOP_BYTES", 8 * 4 * 50 - 1)

@@ -80,6 +80,16 @@ def test_logits_travel_beside_the_result() -> None:
     assert result_from_proto(attention_pb2.StepResult(token_ids=[3]), logits_RV).logits is logits_RV
 
 
+def test_a_hidden_state_travels_beside_plan_and_result() -> None:
+    """Whether a payload is one is said, not guessed."""
+    hidden_TD = torch.ones(2, 3)
+    assert plan_from_proto(plan_to_proto(StepPlan("", (), hidden_TD)), hidden_TD).hidden_state is hidden_TD
+    proto = result_to_proto(StepResult((), faulty_chunks=(1,), hidden_state=hidden_TD))
+    result = result_from_proto(proto, hidden_TD)
+    assert (result.logits, result.faulty_chunks) == (None, (1,))
+    assert result.hidden_state is hidden_TD
+
+
 def test_unset_fields_ask_for_nothing() -> None:
     chunk = {"token_ids": [1], "page_ids": [0], "sampling": {"penalties": {}}}
     (found,) = plan_from_proto(attention_pb2.StepPlan(chunks=[chunk])).chunks

@@ -116,8 +116,8 @@ SERVICES: weakref.WeakKeyDictionary[AttentionEngine, AttentionService] = weakref
 
 
 @contextlib.asynccontextmanager
-async def worker(path: Path) -> AsyncIterator[tuple[AttentionEngine, Any]]:
-    engine = attention_engine(max_step_tokens=50)
+async def worker(path: Path, held: range = range(CONFIG.num_layers)) -> AsyncIterator[tuple[AttentionEngine, Any]]:
+    engine = attention_engine(max_step_tokens=50, held=held)
     SERVICES[engine] = AttentionService(engine, Lease(engine.incarnation, clock=CLOCK))
     server = RoleServer([SERVICES[engine].as_service()])
     channel = open_channel(await server.start(f"unix:{path}/socket"))
@@ -511,6 +511,36 @@ def test_a_sequence_that_is_not_finite_is_named_and_its_neighbours_go_on(tmp_pat
                 header, _ = await lane.read()
                 assert list(header.result.faulty_chunks) == expected
                 assert header.result.token_ids[0] == FIRST_TOKEN
+
+    asyncio.run(main())
+
+
+def test_a_stage_takes_a_hidden_state_with_the_plan_and_gives_one_back(tmp_path: Path) -> None:
+    """In as many messages as it takes; one that does not fit the plan is refused, and the lane goes on."""
+
+    async def main() -> None:
+        async with worker(tmp_path, range(1, 2)) as (engine, channel):
+            lane, hidden_TD = Lane(engine, channel), torch.randn(len(PROMPT), CONFIG.hidden_size)
+
+            async def begin(step_id: int, hidden_TD: torch.Tensor) -> None:
+                header = pb.StepRequest(step_id=step_id, plan=plan_to_proto(plan(engine, CHUNK)))
+                for message in tensors.encode_rows(header, hidden_TD, "step_id", 3 * 4 * CONFIG.hidden_size):
+                    await lane.send(message)
+
+            await lane.begin(1)
+            assert "layer 1 goes on with a hidden state" in (await lane.failure(1)).message
+            await begin(2, hidden_TD[1:])
+            assert (await lane.failure(2)).field == "payload"
+            await begin(3, hidden_TD)
+            header, x_TD = await lane.read()
+            assert header.layer == 1
+            assert x_TD is not None
+            await lane.fill(3, 1, torch.zeros_like(x_TD))
+            header, left_TD = await lane.read()
+            assert header.result == pb.StepResult(is_hidden_state=True)
+            assert left_TD is not None
+            assert (left_TD.shape, left_TD.dtype) == (hidden_TD.shape, torch.float32)
+            assert not torch.equal(left_TD, hidden_TD), "attention has been added"
 
     asyncio.run(main())
 

@@ -126,4 +126,6 @@ def fake_weights(place: torch.device, deterministic: bool) -> AttentionWeights:
     layer = LayerWeights(*gains, qkv, PackedLinear(make(D, TINY.query_size)))
     embedding_VD = make(TINY.vocab_size, D)
     layers = (layer,) * TINY.num_layers
-    return AttentionWeights(embedding_VD, layers, gains[0], PackedLinear(embedding_VD), deterministic)
+    return AttentionWeights(
+        embedding_VD, layers, gains[0], PackedLinear(embedding_VD), torch.bfloat16, 0, deterministic
+    )

@@ -24,9 +24,9 @@ DTYPE = torch.float32
 
 
 @functools.cache
-def _weights() -> AttentionWeights:
+def _weights(held: range) -> AttentionWeights:
     with Checkpoint.open(goldens.DIRECTORY) as checkpoint:
-        return load_weights(checkpoint, DTYPE, torch.device("cpu"))
+        return load_weights(checkpoint, DTYPE, torch.device("cpu"), held=held)
 
 
 @functools.cache
@@ -50,10 +50,12 @@ def moe() -> LocalMoe:
     return LocalMoe(CONFIG, gates, experts.forward, RowCounter(CONFIG), Legs())
 
 
-def attention_engine(num_pages: int = 64, page_size: int = 8, max_step_tokens: int = 512) -> AttentionEngine:
+def attention_engine(
+    num_pages: int = 64, page_size: int = 8, max_step_tokens: int = 512, held: range = range(CONFIG.num_layers)
+) -> AttentionEngine:
     """A worker just started."""
     sizes = AttentionEngineSettings(num_pages, page_size, max_step_tokens)
-    return AttentionEngine(CONFIG, _weights(), sizes, AttentionMetrics(new_registry()), device())
+    return AttentionEngine(CONFIG, _weights(held), sizes, AttentionMetrics(new_registry()), device())
 
 
 def plan(engine: AttentionEngine, *chunks: SequenceChunk) -> StepPlan:
