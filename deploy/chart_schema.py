@@ -40,7 +40,7 @@ SET_BY_CHART: dict[type, set[str]] = {
         "model", "model_name", "variant", "dtype", "attention", "experts", "placement", "join_timeout",
         "worker_tls_ca", "worker_tls_certificate", "worker_tls_key", "worker_tls_server_name", "worker_token_file",
     },
-    AttentionWorkerSettings: {"model", "variant", "dtype", "device", "kv_gib"},
+    AttentionWorkerSettings: {"model", "variant", "dtype", "device", "kv_gib", "layers"},
     ExpertWorkerSettings: {"model", "variant", "dtype", "device", "experts"},
 }  # fmt: skip
 """Fields with a value of their own in the chart. Workers found by DNS have no order that `placement` could name."""
