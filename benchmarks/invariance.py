@@ -34,11 +34,11 @@ from attention_worker.layers import Rope, rms_norm  # noqa: E402
 from attention_worker.loading import load_engine  # noqa: E402
 from attention_worker.step_batch import StepBatch  # noqa: E402
 from expert_worker import weights  # noqa: E402
-from expert_worker.config import ALL, parse_experts  # noqa: E402
 from expert_worker.experts import ExpertSet  # noqa: E402
 from expert_worker.kernels import cpu  # noqa: E402
 from grokmoe.checkpoint import Checkpoint  # noqa: E402
 from grokmoe.device_thread import DeviceThread  # noqa: E402
+from grokmoe.expert_spec import ALL, parse_experts  # noqa: E402
 from grokmoe.model_config import TINY, Gelu  # noqa: E402
 from grokmoe.packed_linear import PackedLinear  # noqa: E402
 from grokmoe.step_plan import SequenceChunk  # noqa: E402

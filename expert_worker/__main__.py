@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from expert_worker import weights
-from expert_worker.cells import spec
-from expert_worker.config import ExpertWorkerSettings, parse_experts
+from expert_worker.config import ExpertWorkerSettings
 from expert_worker.engine import ExpertEngine
 from expert_worker.experts import ExpertSet
 from expert_worker.loader import ExpertLoader
@@ -19,6 +18,8 @@ from expert_worker.service import ExpertService
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
+from grokmoe.expert_ranges import ranges_of, size_of
+from grokmoe.expert_spec import describe_ranges, parse_experts
 from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import ExpertMetrics, new_registry
@@ -42,6 +43,8 @@ examples:
     python -m expert_worker --model /models/grok-1 --experts 4-7 --listen 0.0.0.0:7102
   experts 0 to 7 in the first half of the layers, and expert 7 in all of them, on the second GPU:
     python -m expert_worker --model /models/grok-1 --experts 0-7@0-31+7@all --device cuda:1
+  the first half of every expert, cut along the ffn dimension; the second half, 0-7:2/2, on another worker:
+    python -m expert_worker --model /models/grok-1 --experts 0-7:1/2 --listen 0.0.0.0:7101
   a spare: holds nothing until it is told to (grokmoe.v1.Expert/Load), and two experts of 64 layers at most:
     python -m expert_worker --model /models/grok-1 --experts none --capacity 128 --listen 0.0.0.0:7103
 
@@ -102,8 +105,8 @@ def _held(experts: ExpertSet) -> str:
     """What a worker that is ready holds, in a line."""
     held, capacity = experts.holdings.held, experts.holdings.capacity
     limit = f" of {capacity} it can hold" if capacity else ""
-    size = len(held) * experts.expert_bytes / 2**30
-    return f"holds experts {spec(held)}: {len(held)}{limit}, layer by layer, {size:.2f} GiB"
+    gib = experts.bytes_of(held) / 2**30
+    return f"holds experts {describe_ranges(ranges_of(held))}: {size_of(held)}{limit}, layer by layer, {gib:.2f} GiB"
 
 
 def _device(name: str) -> torch.device:

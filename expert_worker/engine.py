@@ -16,6 +16,7 @@ from expert_worker.experts import ExpertCall, ExpertSet
 from expert_worker.joining import RowsByExpert, join
 from expert_worker.layers import LayerWeights
 from grokmoe.device_thread import DeviceThread
+from grokmoe.expert_units import FIRST_SLICE, describe_unit
 from grokmoe.telemetry import ExpertMetrics
 
 
@@ -124,9 +125,9 @@ class ExpertEngine:
         metrics.batch_calls.observe(num_calls)
         metrics.batch_rows.observe(len(rows.rows_ND))
         metrics.compute_time.observe(compute_ns / 1e9)
-        for expert, count in zip(rows.expert_ids, rows.counts, strict=True):
+        for unit, count in zip(rows.expert_ids, rows.counts, strict=True):
             if count:
-                metrics.rows.labels(str(expert)).inc(count)
+                metrics.rows.labels(str(unit) if unit < FIRST_SLICE else describe_unit(unit)).inc(count)
 
 
 def _hand_over(future: asyncio.Future[ExpertResult], outcome: ExpertResult | BaseException) -> None:

@@ -13,6 +13,7 @@ from expert_worker.engine import ExpertEngine, ExpertResult
 from expert_worker.experts import ExpertCall
 from grokmoe import tensors
 from grokmoe.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Reason, Unavailable
+from grokmoe.expert_messages import named_units
 from grokmoe.status import to_failure
 from grokmoe.telemetry import ExpertMetrics
 from grokmoe.v1 import expert_pb2
@@ -124,7 +125,7 @@ class ForwardStream:
         """The call, once nothing about it can fail but the computation."""
         if request.request_id in self._ids:
             raise InvalidRequest("request_id", f"is {request.request_id}, which is in flight on this stream")
-        call = self._engine.experts.check(request.layer, tuple(request.expert_ids), tuple(request.counts), rows_ND)
+        call = self._engine.experts.check(request.layer, named_units(request), tuple(request.counts), rows_ND)
         num_rows = len(call.rows.rows_ND)
         if num_rows > self._max_rows:
             raise InvalidRequest("payload.shape", f"has {num_rows} rows, limit is {self._max_rows}")

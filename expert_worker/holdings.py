@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from expert_worker.cells import Cell, Cells
 from grokmoe.errors import ConfigError, Reason, ResourceExhausted
+from grokmoe.expert_ranges import size_of
 
 FIRST_REVISION = 1
 """Not 0, which is what a message says that says nothing."""
@@ -25,9 +26,11 @@ class Holdings:
     """
 
     def __init__(self, held: Cells = frozenset(), capacity: int = 0) -> None:
-        """capacity: most cells whose weights may be there at a time; 0: unlimited. Raises ConfigError."""
-        if capacity and len(held) > capacity:
-            raise ConfigError(f"experts names {len(held)} (expert, layer) pairs, capacity is {capacity}")
+        """capacity: most (expert, layer) pairs whose weights may be there at a time, a slice counting as its part of
+        one; 0: unlimited. Raises ConfigError.
+        """
+        if capacity and size_of(held) > capacity:
+            raise ConfigError(f"experts names {size_of(held)} (expert, layer) pairs, capacity is {capacity}")
         self.held = held
         self.loading: Cells = frozenset()
         self.freeing: Cells = frozenset()
@@ -53,13 +56,12 @@ class Holdings:
         """Whether a load has to wait until something is freed. Raises ResourceExhausted when that would not help."""
         if wanted & self.freeing:
             return True
-        num_over = len(self.resident | wanted) - self.capacity
-        if not self.capacity or num_over <= 0:
+        if not self.capacity or size_of(self.resident | wanted) <= self.capacity:
             return False
-        if len(self.held | self.loading | wanted) > self.capacity:
-            missing = len(wanted - self.held)
+        if size_of(self.held | self.loading | wanted) > self.capacity:
+            held, missing = size_of(self.held), size_of(wanted - self.held)
             raise ResourceExhausted(
-                f"holds {len(self.held)} (expert, layer) pairs and is to load {missing}, capacity is {self.capacity}",
+                f"holds {held} (expert, layer) pairs and is to load {missing}, capacity is {self.capacity}",
                 reason=Reason.NO_ROOM,
             )
         return True

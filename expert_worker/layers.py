@@ -21,14 +21,15 @@ from grokmoe.panels import to_panels
 from grokmoe.tensor_names import EXPERT_LINEARS, ExpertLinear
 
 
-class LayerWeights(abc.ABC):
-    """Some experts of one layer, and rows through them.
+class Layer(abc.ABC):
+    """Some experts of one layer, or slices of them (`grokmoe.expert_units`), and rows through them.
 
-    Nobody changes one that others can see: experts come and go with another one (`resized`). So whoever has one in
-    hand computes with what it found there, whatever is loaded or given up meanwhile.
+    Nobody changes one that others can see: experts come and go with another one. So whoever has one in hand computes
+    with what it found there, whatever is loaded or given up meanwhile.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, expert_ids: Sequence[int] = ()) -> None:
+        """expert_ids: units, ascending."""
         self.dtype, self.device = dtype, device
         self.expert_ids = tuple(expert_ids)
         self._index = {expert: index for index, expert in enumerate(self.expert_ids)}
@@ -38,6 +39,25 @@ class LayerWeights(abc.ABC):
         return expert in self._index
 
     @abc.abstractmethod
+    def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
+        """Takes one matrix of an expert, [out, in] as in the checkpoint, in the layer's type. Keeps no reference.
+
+        Of a slice: its part of the matrix.
+        """
+
+    @abc.abstractmethod
+    def forward(self, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor) -> torch.Tensor:
+        """Rows through their experts' MLPs.
+
+        expert_ids: strictly ascending. counts: rows of each; rows_ND is sorted in that order.
+        Returns: out_ND, new, on the rows' device.
+        """
+
+
+class LayerWeights(Layer):
+    """Experts, or slices of them, that are equally wide: in the layout of one kernel."""
+
+    @abc.abstractmethod
     def resized(self, expert_ids: Sequence[int]) -> Self:
         """These experts, ascending: with the weights they have here; the others are to be put before they are called.
 
@@ -45,20 +65,12 @@ class LayerWeights(abc.ABC):
         """
 
     @abc.abstractmethod
-    def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
-        """Takes one matrix of an expert, [out, in] as in the checkpoint, in the layer's type. Keeps no reference."""
-
-    @abc.abstractmethod
     def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
         """See `reference.expert_mlp`."""
 
     @torch.inference_mode()
     def forward(self, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor) -> torch.Tensor:
-        """Rows through their experts' MLPs.
-
-        expert_ids: strictly ascending. counts: rows of each; rows_ND is sorted in that order.
-        Returns: out_ND, new, on the rows' device.
-        """
+        """See Layer."""
         counts_E = [0] * len(self.expert_ids)
         for expert, count in zip(expert_ids, counts, strict=True):
             counts_E[self._index[expert]] = count
@@ -89,7 +101,7 @@ class PackedLayer(LayerWeights):
         return PackedLayer(self.dtype, self._gelu, self._deterministic, experts)
 
     def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
-        """See LayerWeights."""
+        """See Layer."""
         part = {"linear": "gate", "linear_v": "up", "linear_1": "down"}[linear]
         setattr(self._experts_E[self._index[expert]], part, PackedLinear(weight, self._deterministic))
 
@@ -124,7 +136,7 @@ class PanelLayer(LayerWeights):
         return PanelLayer(self._config, panels)
 
     def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
-        """See LayerWeights."""
+        """See Layer."""
         index = self._index[expert]
         self._panels_E[index][linear] = to_panels(weight)
         self._note_addresses(index)
@@ -158,7 +170,7 @@ class QuantisedLayer(LayerWeights):
         return QuantisedLayer(self._config, self.dtype, experts)
 
     def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
-        """See LayerWeights."""
+        """See Layer."""
         quantised = self._experts_E[self._index[expert]]
         if linear == "linear_1":
             quantised.down.put(weight)
@@ -198,7 +210,7 @@ class StackedLayer(LayerWeights):
         return other
 
     def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
-        """See LayerWeights."""
+        """See Layer."""
         self._stacks[linear][self._index[expert]].copy_(weight)
 
     def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:

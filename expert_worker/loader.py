@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from expert_worker import weights
-from expert_worker.cells import Cells, by_layer, spec
+from expert_worker.cells import Cells, by_layer
 from expert_worker.experts import ExpertSet
 from expert_worker.room import free_bytes, give_back, is_out_of_memory
 from grokmoe.checkpoint import Checkpoint
@@ -32,6 +32,8 @@ from grokmoe.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from grokmoe.expert_ranges import ranges_of
+from grokmoe.expert_spec import describe_ranges, describe_units
 from grokmoe.telemetry import ExpertMetrics
 
 logger = logging.getLogger(__name__)
@@ -163,10 +165,10 @@ class ExpertLoader:
                 self._count(_outcome(told))
                 raise told from error
             holdings.finish_load()
-            loaded = Loaded(len(missing) * self._experts.expert_bytes, time.monotonic_ns() - began, holdings.revision)
+            loaded = Loaded(self._experts.bytes_of(missing), time.monotonic_ns() - began, holdings.revision)
             self._count("ok", loaded.load_ns / 1e9)
             if missing:
-                logger.info("loaded %s in %.1f s", spec(missing), loaded.load_ns / 1e9)
+                logger.info("loaded %s in %.1f s", describe_ranges(ranges_of(missing)), loaded.load_ns / 1e9)
             return loaded
 
     def _count(self, outcome: str, seconds: float | None = None) -> None:
@@ -202,12 +204,13 @@ class ExpertLoader:
         if not missing:
             return
         experts = self._experts
-        needed = len(missing) * experts.expert_bytes
-        needed += max(experts.expert_bytes, experts.matrix_bytes)  # what is read is there twice for a moment
-        if self._experts.device.type != "cpu":
-            largest = max(len(self._experts.layers[layer].expert_ids) for layer in by_layer(missing))
-            needed += largest * self._experts.expert_bytes
-        room = self._room(self._experts.device)
+        needed = experts.bytes_of(missing) + experts.most_at_once(missing)
+        if experts.device.type != "cpu":  # all of a layer is copied
+            needed += max(
+                experts.bytes_of((layer, unit) for unit in experts.layers[layer].expert_ids)
+                for layer in by_layer(missing)
+            )
+        room = self._room(experts.device)
         if needed > room:
             raise ResourceExhausted(f"{needed} bytes are needed, {room} are free", reason=Reason.NO_ROOM)
 
@@ -254,7 +257,7 @@ class ExpertLoader:
                     break
                 except Exception as error:
                     if not is_out_of_memory(error):
-                        logger.exception("experts %s of layer %d stay in memory", expert_ids, layer)
+                        logger.exception("experts %s of layer %d stay in memory", describe_units(expert_ids), layer)
                         break
                     await asyncio.sleep(FREE_RETRY)
         await self._device.run(lambda: None)  # the calls that were checked before have been computed now

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from expert_worker.cells import Cells, ranges
+from expert_worker.cells import Cells
 from expert_worker.engine import ExpertEngine
 from expert_worker.expert_dtype import SAME
 from expert_worker.forward_stream import ForwardStream, draining
@@ -15,6 +15,8 @@ from expert_worker.range_check import check_ranges
 from grokmoe import tensors
 from grokmoe.access import Scope
 from grokmoe.errors import FailedPrecondition, InvalidRequest, Unavailable
+from grokmoe.expert_messages import from_messages, to_messages
+from grokmoe.expert_ranges import ranges_of
 from grokmoe.server import Service, raw_stream, unary
 from grokmoe.status import to_status
 from grokmoe.telemetry import ExpertMetrics
@@ -80,12 +82,12 @@ class ExpertService:
             dtype=tensors.wire_dtype(experts.dtype),
             expert_dtype="" if experts.expert_dtype == SAME else experts.expert_dtype,
             hidden_size=experts.config.hidden_size,
-            experts=_ranges(experts.holdings.held),
+            experts=to_messages(ranges_of(experts.holdings.held)),
             max_rows=self._max_rows,
             device=str(experts.device),
             draining=self._is_draining,
             revision=experts.holdings.revision,
-            loading=_ranges(experts.holdings.loading),
+            loading=to_messages(ranges_of(experts.holdings.loading)),
             expert_bytes=experts.expert_bytes,
             capacity=experts.holdings.capacity,
         )
@@ -113,8 +115,8 @@ class ExpertService:
         config = self._engine.experts.config
         if request.config_hash != config.content_hash:
             raise FailedPrecondition("config_hash is of another model, or of another variant of it")
-        asked = [(each.expert, each.layer_begin, each.layer_end) for each in request.experts]
-        cells = check_ranges(asked, config.num_experts, config.num_layers)
+        asked = from_messages(request.experts)
+        cells = check_ranges(asked, config.num_experts, config.num_layers, config.intermediate_size)
         if self._loader is None:
             raise FailedPrecondition("what this worker holds cannot be changed")
         return self._loader, cells
@@ -134,9 +136,3 @@ class ExpertService:
         finally:
             self._streams.discard(stream)
             stream.drop()
-
-
-def _ranges(cells: Iterable[tuple[int, int]]) -> list[expert_pb2.ExpertRange]:
-    return [
-        expert_pb2.ExpertRange(expert=expert, layer_begin=begin, layer_end=end) for expert, begin, end in ranges(cells)
-    ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from grokmoe import tensor_names as names
@@ -78,11 +79,14 @@ class Checkpoint:
             stack.pop_all()
         return cls(directory, config, tensors, files)
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
         """One tensor as memory of the caller's own.
 
         name: canonical (grokmoe.tensor_names). dtype: None keeps the stored one.
         rows: a range of the first dimension, without a step; only its bytes are mapped.
+        columns: of a matrix, a range of the second; only the pages that its bytes lie on are read.
         Raises CheckpointError when the file is shorter than it was when opened.
         """
         assert self._open_files, "the checkpoint is closed"
@@ -91,8 +95,15 @@ class Checkpoint:
         assert step == 1, "rows have no step"
         num_rows = max(0, stop - first)
         row_bytes = (tensor.end - tensor.begin) // tensor.shape[0]
-        out = torch.empty(num_rows, *tensor.shape[1:], dtype=TORCH_DTYPES[tensor.dtype])
-        if num_rows:
+        stored, row_shape = TORCH_DTYPES[tensor.dtype], tensor.shape[1:]
+        of_row = slice(0, row_bytes)
+        if columns is not None:
+            (width,) = row_shape
+            left, right, step = columns.indices(width)
+            assert step == 1, "columns have no step"
+            row_shape, of_row = (right - left,), slice(left * stored.itemsize, right * stored.itemsize)
+        out = torch.empty(num_rows, *row_shape, dtype=stored)
+        if out.numel():
             begin = tensor.begin + first * row_bytes
             page = begin % mmap.ALLOCATIONGRANULARITY
             size = num_rows * row_bytes
@@ -103,7 +114,9 @@ class Checkpoint:
                 wanted = f"a file of at least {tensor.end} bytes, as when opened"
                 raise tensor_error(name, tensor.path, wanted, f"a shorter one ({error})") from error
             with mapped, memoryview(mapped) as view, view[page:] as source:
-                out.view(-1).view(torch.uint8).numpy().data[:] = source
+                rows_of_bytes = np.frombuffer(source, np.uint8).reshape(num_rows, row_bytes)
+                out.view(-1).view(torch.uint8).numpy().reshape(num_rows, -1)[:] = rows_of_bytes[:, of_row]
+                del rows_of_bytes  # the mapping cannot end before those who look into it
         return out if dtype is None else out.to(dtype)
 
     def close(self) -> None:

@@ -209,7 +209,10 @@ class ExpertMetrics:
             registry=registry,
         )  # fmt: skip
         self.rows = Counter(
-            "grokmoe_expert_worker_rows_total", "Rows computed, by expert.", ("expert",), registry=registry
+            "grokmoe_expert_worker_rows_total",
+            "Rows computed, by expert or slice of one, such as 3 or 3:1/2.",
+            ("expert",),
+            registry=registry,
         )
         self.batch_rows = Histogram(
             "grokmoe_expert_worker_batch_rows",

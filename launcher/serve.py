@@ -10,13 +10,13 @@ from attention_worker.config import AttentionWorkerSettings
 from attention_worker.engine import AttentionEngine
 from attention_worker.loading import load_engine as load_attention
 from expert_worker import weights as expert_weights
-from expert_worker.config import ALL, parse_experts
 from expert_worker.engine import ExpertEngine
 from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
 from expert_worker.experts import ExpertSet
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
+from grokmoe.expert_spec import ALL, parse_experts
 from grokmoe.security import SecuritySettings
 from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, log_to_stderr, run, say
 from grokmoe.settings import setting

@@ -19,12 +19,13 @@ from attention_worker.config import AttentionWorkerSettings
 from attention_worker.loading import load_engine as load_attention
 from attention_worker.service import AttentionService
 from expert_worker import weights as expert_weights
-from expert_worker.config import ExpertWorkerSettings, parse_experts
+from expert_worker.config import ExpertWorkerSettings
 from expert_worker.engine import ExpertEngine
 from expert_worker.experts import ExpertSet
 from expert_worker.service import ExpertService
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
+from grokmoe.expert_spec import parse_experts
 from grokmoe.server import RoleServer, ServerSettings
 from grokmoe.settings import to_flags
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry

@@ -75,23 +75,29 @@ class ExpertDescribeResponse(_message.Message):
     def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., max_rows: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ..., revision: _Optional[int] = ..., loading: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., expert_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., expert_dtype: _Optional[str] = ...) -> None: ...
 
 class ExpertRange(_message.Message):
-    __slots__ = ("expert", "layer_begin", "layer_end")
+    __slots__ = ("expert", "layer_begin", "layer_end", "slice", "num_slices")
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     LAYER_BEGIN_FIELD_NUMBER: _ClassVar[int]
     LAYER_END_FIELD_NUMBER: _ClassVar[int]
+    SLICE_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     expert: int
     layer_begin: int
     layer_end: int
-    def __init__(self, expert: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ...) -> None: ...
+    slice: int
+    num_slices: int
+    def __init__(self, expert: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., slice: _Optional[int] = ..., num_slices: _Optional[int] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "payload")
+    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "slices", "num_slices", "payload")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     layer: int
@@ -99,8 +105,10 @@ class ForwardRequest(_message.Message):
     counts: _containers.RepeatedScalarFieldContainer[int]
     remaining_rows: int
     timeout_ms: int
+    slices: _containers.RepeatedScalarFieldContainer[int]
+    num_slices: _containers.RepeatedScalarFieldContainer[int]
     payload: _tensor_pb2.Tensor
-    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., slices: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "revision", "payload")

@@ -13,7 +13,7 @@ from grokmoe_image.usage import UsageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_worker.config import parse_experts
+from grokmoe.expert_spec import parse_experts
 from tests.deploy.rendered import (
     BOUND,
     CASES,

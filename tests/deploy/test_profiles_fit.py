@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from expert_worker.config import parse_experts
+from grokmoe.expert_spec import parse_experts
 from grokmoe.model_config import GROK1
 from tests.deploy.rendered import PROFILES, Object, profile
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from expert_worker.layers import StackedLayer
 from grokmoe import packed_linear
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.errors import Cancelled, InvalidRequest
+from grokmoe.expert_ranges import ranges_of
 from grokmoe.model_config import TINY, Gelu
 from grokmoe.packed_linear import PackedLinear, can_pack
 from tests.expert_worker.expert_mlp_cases import DTYPES, ROUTINGS, Case
@@ -111,16 +111,10 @@ def test_the_variant_chooses_the_gelu(directory: Path, variant: str) -> None:
 
 def test_a_part_of_the_experts(directory: Path) -> None:
     experts = load(directory, held={1: (2, 5)})
-    assert experts.ranges() == [(2, 1, 2), (5, 1, 2)]
+    assert ranges_of(experts.holdings.held) == ((2, 1, 2), (5, 1, 2))
     rows_ND = draw(4)
     assert_near(experts.forward(1, [5], [4], rows_ND), twin(directory, 1, [5], [4], rows_ND))
     assert_near(experts.forward(1, [2, 5], [1, 3], rows_ND), twin(directory, 1, [2, 5], [1, 3], rows_ND))
-
-
-def test_ranges_join_layers(directory: Path) -> None:
-    config = dataclasses.replace(TINY, num_layers=5)
-    held = {0: (0, 1), 1: (0,), 3: (0, 1), 4: (1,)}
-    assert ExpertSet(config, held, torch.float32, CPU).ranges() == [(0, 0, 2), (0, 3, 4), (1, 0, 1), (1, 3, 5)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,10 +156,10 @@ def test_loading_reads_in_slices(directory: Path, monkeypatch: pytest.MonkeyPatc
         return sliced
 
     expected = load(directory)
-    monkeypatch.setattr(weights, "SLICE_BYTES", 7 * TINY.hidden_size * 4)
+    monkeypatch.setattr(weights, "PIECE_BYTES", 7 * TINY.hidden_size * 4)
     monkeypatch.setattr(Checkpoint, "read", record)
     sliced = load(directory)
-    assert max(sizes) == weights.SLICE_BYTES
+    assert max(sizes) == weights.PIECE_BYTES
     rows_ND = draw(16)
     for layer in HELD:
         assert torch.equal(*(each.forward(layer, range(8), [2] * 8, rows_ND) for each in (expected, sliced)))

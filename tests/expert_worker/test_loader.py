@@ -449,4 +449,4 @@ def test_warming_an_empty_worker_leaves_it_empty(directory: Path) -> None:
     with device_thread() as device:
         device.call(experts.warm_up)
     assert not any(layer.expert_ids for layer in experts.layers)
-    assert experts.ranges() == []
+    assert experts.holdings.held == frozenset()

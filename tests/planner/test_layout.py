@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from expert_worker.config import parse_experts
 from grokmoe.errors import ConfigError
+from grokmoe.expert_spec import parse_experts
 from planner.layout import fill, lay_out
 from planner.presets import PRESETS
 
