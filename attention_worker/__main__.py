@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from grokmoe.device_thread import DeviceThread
 from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import AttentionMetrics, new_registry
+from grokmoe.tracing import Tracing
 
 DESCRIPTION = """\
 Serves the attention half of a Grok-1 model: embedding, attention over a paged KV cache, norms, output head and
@@ -29,8 +31,13 @@ async def serve(settings: AttentionWorkerSettings, server: ServerSettings) -> No
     """Loads, then serves until a signal comes. Raises StartupError."""
     registry = new_registry()
     engine = load_engine(settings, AttentionMetrics(registry), DeviceThread("attention-device"))
-    service = AttentionService(engine, Lease(engine.incarnation, settings.lease_seconds))
-    await run(server, [service.as_service()], registry)
+    tracing = Tracing.open(settings, "grokmoe-attention-worker")
+    service = AttentionService(engine, Lease(engine.incarnation, settings.lease_seconds), tracing)
+    try:
+        await run(server, [service.as_service()], registry)
+    finally:
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

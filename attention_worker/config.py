@@ -8,13 +8,14 @@ import re
 
 from grokmoe.errors import ConfigError
 from grokmoe.settings import setting
+from grokmoe.tracing import ExportSettings
 
 ALL = "all"
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionWorkerSettings:
+class AttentionWorkerSettings(ExportSettings):
     """What an attention worker holds and how large it may grow."""
 
     model: str = setting("", "checkpoint directory: config.json and safetensors", metavar="DIR")
@@ -31,6 +32,7 @@ class AttentionWorkerSettings:
     lease_seconds: float = setting(10.0, "seconds of silence after which another router may take the KV pages")
 
     def __post_init__(self) -> None:
+        self.check_traces()
         for name, least in (("threads", 0), ("page_size", 1), ("num_pages", 0), ("max_step_tokens", 1)):
             value = getattr(self, name)
             if value < least:

@@ -11,13 +11,16 @@ import grpc
 
 from attention_worker.engine import AttentionEngine, MoeInput, StepRun
 from attention_worker.lease import Lease
+from attention_worker.step_trace import StepTrace
 from grokmoe import tensors
 from grokmoe.access import Scope
 from grokmoe.errors import Code, FailedPrecondition, InvalidRequest, Reason, Unavailable
+from grokmoe.logs import about
 from grokmoe.plan_codec import plan_from_proto, result_to_proto
 from grokmoe.server import Service, raw_stream, unary
 from grokmoe.status import to_failure, to_status
 from grokmoe.step_plan import StepResult
+from grokmoe.tracing import Tracing, trace_id_of
 from grokmoe.v1 import attention_pb2
 
 logger = logging.getLogger(__name__)
@@ -32,9 +35,11 @@ def _ending() -> Unavailable:
 class AttentionService:
     """Translates between messages and the engine. Holds one step per stream, and the lease of the pages."""
 
-    def __init__(self, engine: AttentionEngine, lease: Lease | None = None) -> None:
-        """lease: names the engine's incarnation; None: one with the default limits."""
-        self._engine = engine
+    def __init__(self, engine: AttentionEngine, lease: Lease | None = None, tracing: Tracing | None = None) -> None:
+        """lease: names the engine's incarnation; None: one with the default limits.
+
+        tracing: where steps that belong to a trace are written; None: nowhere."""
+        self._engine, self._tracing = engine, tracing
         self._lease = lease or Lease(engine.incarnation)
         self._lanes: set[_Lane] = set()
         self._is_draining = False
@@ -86,7 +91,7 @@ class AttentionService:
         Ends with INVALID_ARGUMENT after bytes that are no message, since nothing on the stream can be trusted then, and
         with UNAVAILABLE when the worker is about to end.
         """
-        lane = _Lane(self._engine, self._lease, self._is_draining)
+        lane = _Lane(self._engine, self._lease, self._is_draining, self._tracing)
         self._lanes.add(lane)
         try:
             while (data := await lane.read(context)) is not None:
@@ -102,8 +107,10 @@ class AttentionService:
 class _Lane:
     """The state of one Step stream: the step under way, if any, and the incarnation of the last plan."""
 
-    def __init__(self, engine: AttentionEngine, lease: Lease, is_draining: bool) -> None:
-        self._engine, self._lease = engine, lease
+    def __init__(self, engine: AttentionEngine, lease: Lease, is_draining: bool, tracing: Tracing | None) -> None:
+        self._engine, self._lease, self._tracing = engine, lease, tracing
+        self._trace: StepTrace | None = None
+        self._traceparents: tuple[str, ...] = ()
         self._incarnation = ""
         self._run: StepRun | None = None
         self._step_id = 0
@@ -154,11 +161,15 @@ class _Lane:
             return [self._fail(request.step_id, error)]
         header = attention_pb2.StepResponse(step_id=request.step_id)
         header.compute_ns = time.perf_counter_ns() - begin
+        if self._trace is not None:
+            layer = result.layer if isinstance(result, MoeInput) else self._engine.held.stop
+            self._trace.turn(layer, header.compute_ns / 1e9)
         if isinstance(result, MoeInput):
             self._layer = header.layer = result.layer
             return list(tensors.encode_rows(header, result.x_TD, "step_id"))
         assert self._run is not None
         header.stages_ns.update(self._run.stages_ns)
+        self._write_trace("")
         self.close()
         header.result.CopyFrom(result_to_proto(result))
         payload = result.logits if result.hidden_state is None else result.hidden_state
@@ -173,7 +184,10 @@ class _Lane:
             self._step_id = request.step_id
             if self._is_draining:
                 raise _ending()
-            self._run = self._engine.begin(plan_from_proto(request.plan, payload))
+            plan = plan_from_proto(request.plan, payload)
+            self._traceparents = plan.traceparents
+            self._run = self._engine.begin(plan)
+            self._trace = StepTrace.of(self._tracing, plan)
             self._keep_lease(self._run.incarnation)
             return await self._engine.device.run(self._run.advance, None)
         if self._run is None or request.step_id != self._step_id:
@@ -189,9 +203,11 @@ class _Lane:
     def _fail(self, step_id: int, error: Exception) -> bytes:
         failure = to_failure(error)
         if failure.code == Code.INTERNAL:
-            logger.exception("step %d failed", step_id, exc_info=error)
+            traces = [trace_id_of(parent) for parent in self._traceparents]
+            logger.exception("step %d failed", step_id, exc_info=error, extra=about(trace_ids=traces))
             self._engine.metrics.steps.labels("failed").inc()
         if step_id == self._step_id:
+            self._write_trace(str(error))
             self.close()
         return tensors.encode(attention_pb2.StepResponse(step_id=step_id, failure=failure))
 
@@ -204,8 +220,14 @@ class _Lane:
             self._lease.stream_opened(incarnation)
             self._incarnation = incarnation
 
+    def _write_trace(self, error: str) -> None:
+        trace, self._trace = self._trace, None
+        if trace is not None and self._run is not None:
+            trace.end(self._run.stages_ns, error)
+
     def end(self) -> None:
         """The stream is closed."""
+        self._write_trace("the stream was closed")
         self.close()
         self._lease.stream_closed(self._incarnation)
 

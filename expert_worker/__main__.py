@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import threading
@@ -23,6 +24,7 @@ from grokmoe.expert_spec import describe_ranges, parse_experts
 from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import ExpertMetrics, new_registry
+from grokmoe.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,8 @@ async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoin
     num_threads = worker.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     loader = ExpertLoader(experts, checkpoint, device, metrics)
-    service = ExpertService(engine, metrics, worker.max_rows, is_ready.is_set, loader)
+    tracing = Tracing.open(worker, "grokmoe-expert-worker")
+    service = ExpertService(engine, metrics, worker.max_rows, is_ready.is_set, loader, tracing)
 
     def load() -> None:
         torch.set_num_threads(num_threads)
@@ -99,6 +102,8 @@ async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoin
         is_stopping.set()
         loader.close()
         device.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 def _held(experts: ExpertSet) -> str:

@@ -8,10 +8,11 @@ from expert_worker.expert_dtype import EXPERT_DTYPES, INT8, SAME
 from grokmoe.errors import ConfigError
 from grokmoe.expert_spec import ALL
 from grokmoe.settings import setting
+from grokmoe.tracing import ExportSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertWorkerSettings:
+class ExpertWorkerSettings(ExportSettings):
     """What an expert worker holds and how much it takes at once."""
 
     model: str = setting("", "checkpoint directory: config.json and safetensors", metavar="DIR")
@@ -38,5 +39,6 @@ class ExpertWorkerSettings:
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
+        self.check_traces()
         if self.expert_dtype == INT8 and self.device != "cpu":
             raise ConfigError(f"expert_dtype is int8, device is {self.device}: int8 experts are computed on a CPU only")

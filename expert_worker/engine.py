@@ -23,14 +23,15 @@ from grokmoe.telemetry import ExpertMetrics
 class ExpertResult(NamedTuple):
     """Output rows of one call, and what they cost.
 
-    queue_ns: from submission to the start of the computation. compute_ns and batch_rows: time and rows of the grouped
-    GEMM the call took part in, those of other callers included.
+    queue_ns: from submission to the start of the computation. compute_ns, batch_rows, batch_calls: time, rows and calls
+    of the grouped GEMM the call took part in, those of other callers included.
     """
 
     rows_ND: torch.Tensor
     queue_ns: int
     compute_ns: int
     batch_rows: int
+    batch_calls: int = 1
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -115,7 +116,7 @@ class ExpertEngine:
         compute_ns = time.monotonic_ns() - began
         for call, call_out_ND in zip(batch, outs_ND, strict=True):
             queue_ns = began - call.received_ns
-            _hand_over(call.future, ExpertResult(call_out_ND, queue_ns, compute_ns, len(out_ND)))
+            _hand_over(call.future, ExpertResult(call_out_ND, queue_ns, compute_ns, len(out_ND), len(batch)))
         for call in batch:
             self._metrics.queue_time.observe((began - call.received_ns) / 1e9)
         self._observe(len(batch), rows, compute_ns)

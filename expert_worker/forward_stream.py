@@ -9,13 +9,16 @@ from typing import Any
 import grpc
 import torch
 
+from expert_worker.call_trace import CallTrace
 from expert_worker.engine import ExpertEngine, ExpertResult
 from expert_worker.experts import ExpertCall
 from grokmoe import tensors
 from grokmoe.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Reason, Unavailable
 from grokmoe.expert_messages import named_units
+from grokmoe.logs import about
 from grokmoe.status import to_failure
 from grokmoe.telemetry import ExpertMetrics
+from grokmoe.tracing import Tracing, trace_id_of
 from grokmoe.v1 import expert_pb2
 
 logger = logging.getLogger(__name__)
@@ -37,8 +40,12 @@ def draining() -> Unavailable:
 class ForwardStream:
     """The state of one Forward stream: unfinished requests, and those between reading and answering."""
 
-    def __init__(self, engine: ExpertEngine, metrics: ExpertMetrics, max_rows: int, context: Any) -> None:
+    def __init__(
+        self, engine: ExpertEngine, metrics: ExpertMetrics, max_rows: int, context: Any, tracing: Tracing | None = None
+    ) -> None:
+        """tracing: where calls that belong to a trace are written; None: nowhere."""
         self._engine = engine
+        self._tracing = tracing
         self._metrics = metrics
         self._max_rows = max_rows
         self._context = context
@@ -117,7 +124,11 @@ class ForwardStream:
             self._ids.add(request.request_id)
             if request.timeout_ms:
                 _drop_at(future, read_at + request.timeout_ms / 1000)
-            task = asyncio.create_task(self._answer(request.request_id, future))
+            trace = None
+            if self._tracing is not None and request.traceparents:
+                trace = CallTrace(self._tracing, request.traceparents, request.layer, sum(request.counts))
+            traces = [trace_id_of(parent) for parent in request.traceparents]
+            task = asyncio.create_task(self._answer(request.request_id, future, trace, traces))
             self._pending[task] = future
             task.add_done_callback(self._pending.pop)
 
@@ -131,23 +142,28 @@ class ForwardStream:
             raise InvalidRequest("payload.shape", f"has {num_rows} rows, limit is {self._max_rows}")
         return call
 
-    async def _answer(self, request_id: int, future: asyncio.Future[ExpertResult]) -> None:
+    async def _answer(
+        self, request_id: int, future: asyncio.Future[ExpertResult], trace: CallTrace | None, trace_ids: list[str]
+    ) -> None:
         """Awaits one result and writes it.
 
         Encoding stays on the event loop: it is one memory copy of at most MAX_CHUNK_BYTES between two writes, done
         holding the interpreter's lock in any thread. The lock is per message, so that a small answer can slip in
         between the parts of a large one.
         """
+        result, error_of_trace = None, ""
         try:
             try:
                 result = await _result(future)
             except DeadlineExceeded as error:
+                error_of_trace = error.message
                 self._metrics.requests.labels("expired").inc()
                 self._ids.discard(request_id)
                 await self._fail(request_id, error)
                 return
             except Exception as error:
-                logger.exception("request %d failed", request_id, exc_info=error)
+                error_of_trace = str(error) or type(error).__name__
+                logger.exception("request %d failed", request_id, exc_info=error, extra=about(trace_ids=trace_ids))
                 self._metrics.requests.labels("failed").inc()
                 self._ids.discard(request_id)
                 await self._fail(request_id, error)
@@ -174,6 +190,8 @@ class ForwardStream:
         finally:
             future.cancel()  # if this task was cancelled: nobody waits for it, so it need not be computed
             self._slots.release()
+            if trace is not None:
+                trace.end(result, error_of_trace or ("" if result is not None else "the caller is gone"))
 
     async def _fail(self, request_id: int, error: Exception) -> None:
         revision = self._engine.experts.holdings.revision

@@ -20,6 +20,7 @@ from grokmoe.expert_ranges import ranges_of
 from grokmoe.server import Service, raw_stream, unary
 from grokmoe.status import to_status
 from grokmoe.telemetry import ExpertMetrics
+from grokmoe.tracing import Tracing
 from grokmoe.v1 import expert_pb2
 
 SERVICE = "grokmoe.v1.Expert"
@@ -36,13 +37,15 @@ class ExpertService:
         max_rows: int,
         is_ready: Callable[[], bool] = lambda: True,
         loader: ExpertLoader | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """loader: None where what is held never changes."""
+        """loader: None where what is held never changes. tracing: None: calls are not written to traces."""
         self._engine = engine
         self._metrics = metrics
         self._max_rows = max_rows
         self._is_ready = is_ready
         self._loader = loader
+        self._tracing = tracing
         self._incarnation = uuid.uuid4().hex
         self._streams: set[ForwardStream] = set()
         self._is_draining = False
@@ -124,7 +127,7 @@ class ExpertService:
     async def Forward(self, requests: Any, context: Any) -> None:
         """Requests in, answers out as they are ready. A request that fails is answered with a Failure; the stream
         ends only with bytes that are no ForwardRequest, because after those nothing on it can be trusted."""
-        stream = ForwardStream(self._engine, self._metrics, self._max_rows, context)
+        stream = ForwardStream(self._engine, self._metrics, self._max_rows, context, self._tracing)
         self._streams.add(stream)
         try:
             self._check_ready()

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from grokmoe.call_spans import UNTRACED, CallSpan, CallSpans
 from grokmoe.channel import RECONNECT_OPTIONS, open_channel
 from grokmoe.credentials import (
     CallMetadata,
@@ -41,6 +42,8 @@ class ClientOptions(TypedDict, total=False):
     """Send the token without TLS, to be read by everyone on the way; default False."""
     metadata: Metadata | None
     """What goes with every call, such as traceparent, or what returns it."""
+    tracer_provider: Any
+    """An OpenTelemetry TracerProvider: every call is a span of its, and the parent of the server's. Default: none."""
 
 
 class Endpoint:
@@ -53,6 +56,7 @@ class Endpoint:
         token: Token | None = None,
         allow_insecure_token: bool = False,
         metadata: Metadata | None = None,
+        tracer_provider: Any = None,
     ) -> None:
         """Arguments are those of `ClientOptions`. ConfigError: they do not go together, or a file cannot be read."""
         self._target = parse_target(address)
@@ -63,6 +67,7 @@ class Endpoint:
             raise ConfigError("tls to a list of addresses needs server_name, the name in the servers' certificates")
         self._credentials = None if self._tls is None else channel_credentials(self._tls)
         self._metadata = CallMetadata(token, metadata)
+        self._spans = None if tracer_provider is None else CallSpans(tracer_provider)
         if not callable(token) and not callable(metadata):
             self._metadata.build()  # a mistake is better told now than at the first call
 
@@ -74,34 +79,50 @@ class Endpoint:
     def open(self) -> Connection:
         """Opens a channel on the running event loop; nothing is sent. Unavailable: a name cannot be looked up."""
         options = (*RECONNECT_OPTIONS, *self._target.options, *(channel_options(self._tls) if self._tls else ()))
-        return Connection(open_channel(self._target.uri(), options, self._credentials), self._metadata)
+        return Connection(open_channel(self._target.uri(), options, self._credentials), self._metadata, self._spans)
 
 
 class Connection:
     """A channel and its stubs; it belongs to the loop on which it was opened."""
 
-    def __init__(self, channel: grpc.aio.Channel, metadata: CallMetadata) -> None:
+    def __init__(self, channel: grpc.aio.Channel, metadata: CallMetadata, spans: CallSpans | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.generation: Any = generation_pb2_grpc.GenerationStub(channel)  # type: ignore[no-untyped-call]
         self.control: Any = control_pb2_grpc.ControlStub(channel)  # type: ignore[no-untyped-call]
         self.health: Any = health_pb2_grpc.HealthStub(channel)
         self._channel = channel
-        self._metadata = metadata
+        self._metadata, self._spans = metadata, spans
         self._pauses: set[asyncio.Future[None]] = set()
         self._closed = False
 
-    def begin(self, method: Callable[..., Any], request: Any, attempts: Attempts) -> Any:
+    def span(self, request: Any) -> CallSpan:
+        """A call begins; whoever makes it ends its span."""
+        return UNTRACED if self._spans is None else self._spans.begin(request)
+
+    def begin(self, method: Callable[..., Any], request: Any, attempts: Attempts, span: CallSpan = UNTRACED) -> Any:
         """Begins one attempt of a call. Cancelled if the connection was closed."""
         if self._closed:
             raise Cancelled("the client was closed during the call")
-        return method(request, timeout=attempts.remaining(), metadata=self._metadata.build())
+        span.attempt()
+        metadata = (*self._metadata.build(), *span.metadata.items())
+        return method(request, timeout=attempts.remaining(), metadata=metadata)
 
     async def ask(self, method: Callable[..., Any], request: Any, attempts: Attempts) -> Any:
         """The answer of a call that has one, tried again as `attempts` says. Raises GrokmoeError."""
+        span = self.span(request)
+        try:
+            answer = await self._ask(method, request, attempts, span)
+        except BaseException as error:
+            span.end(error)
+            raise
+        span.end()
+        return answer
+
+    async def _ask(self, method: Callable[..., Any], request: Any, attempts: Attempts, span: CallSpan) -> Any:
         while True:
             try:
                 with typed_errors():
-                    return await self.begin(method, request, attempts)
+                    return await self.begin(method, request, attempts, span)
             except GrokmoeError as error:
                 delay = attempts.delay_after(error)
                 if delay is None:

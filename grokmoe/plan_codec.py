@@ -29,7 +29,7 @@ assert {int(wire): int(scope) for wire, scope in _SCOPES.items()} == {int(scope)
 
 def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
     """Renders a plan for the wire, without its hidden state: that is the message's payload."""
-    proto = attention_pb2.StepPlan(incarnation=plan.incarnation)
+    proto = attention_pb2.StepPlan(incarnation=plan.incarnation, traceparents=plan.traceparents)
     for chunk in plan.chunks:
         scoring = None
         if chunk.scoring is not None:
@@ -93,7 +93,7 @@ def plan_from_proto(proto: attention_pb2.StepPlan, hidden_state: Any = None) -> 
                 scoring,
             )
         )
-    return StepPlan(proto.incarnation, tuple(chunks), hidden_state)
+    return StepPlan(proto.incarnation, tuple(chunks), hidden_state, tuple(proto.traceparents))
 
 
 def _sampling_from_proto(wire: attention_pb2.TokenSampling) -> TokenSampling:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import uvloop
 
 from grokmoe.errors import GrokmoeError
-from grokmoe.server import ServerSettings, log_to_stderr
+from grokmoe.logs import complain, log_to_stderr
+from grokmoe.server import ServerSettings
 from grokmoe.settings import add_flags, from_namespace
 
 S = TypeVar("S")
@@ -36,10 +36,10 @@ def run_role(
         add_flags(parser.add_argument_group("server"), ServerSettings)
         namespace = parser.parse_args(argv)
         settings, server = from_namespace(kind, namespace), from_namespace(ServerSettings, namespace)
-        log_to_stderr(server.log_level)
+        log_to_stderr(server, name)
         uvloop.run(_awaited(serve(settings, server)))
     except GrokmoeError as error:
-        print(f"{name}: error: {error.message}", file=sys.stderr)  # noqa: T201
+        complain(name, error.message)
         return 1
     return 0
 

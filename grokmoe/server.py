@@ -15,7 +15,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -33,6 +32,7 @@ from grokmoe.call_metrics import CallMetrics
 from grokmoe.channel import CLIENT_FACING_OPTIONS, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, SERVER_OPTIONS
 from grokmoe.errors import ConfigError, GrokmoeError, InternalError, InvalidRequest, Reason, StartupError
 from grokmoe.local_streams import SUFFIX, LocalServer
+from grokmoe.logs import LogSettings
 from grokmoe.loop_lag import watch_lag
 from grokmoe.metrics_http import Page, start_http
 from grokmoe.security import SecuritySettings
@@ -78,9 +78,6 @@ def check_port(name: str, port: int, least: int = 0) -> None:
         raise ConfigError(f"{name} is {port}, must be between {least} and {MAX_PORT}")
 
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
 def check_listen(name: str, address: str) -> None:
     """Raises ConfigError for what is neither host:port nor unix:/path."""
     if not address.startswith("unix:"):
@@ -90,7 +87,7 @@ def check_listen(name: str, address: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerSettings(SecuritySettings):
+class ServerSettings(SecuritySettings, LogSettings):
     """Settings that every serving process has."""
 
     listen: str = setting("127.0.0.1:0", "address to serve on: host:port (port 0: any free one) or unix:/path")
@@ -98,7 +95,6 @@ class ServerSettings(SecuritySettings):
     metrics_host: str = setting("127.0.0.1", "host of the Prometheus endpoint")
     grace: float = setting(5.0, "seconds that running calls get to finish after SIGTERM")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
-    log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,18 +129,6 @@ class Service:
     def scopes(self) -> dict[str, Scope]:
         """As grokmoe.authentication takes them."""
         return {self.name: self.scope} | {f"/{self.name}/{name}": scope for name, scope in self.method_scopes.items()}
-
-
-def log_to_stderr(level: str) -> None:
-    """Sends the log to standard error; standard output carries the READY line only."""
-    form = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
-    logging.basicConfig(level=level.upper(), format=form, stream=sys.stderr)
-
-
-def say(line: str) -> None:
-    """Tells whoever watches standard error how far the start has come. A disk that is full must not end the start."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def raw_stream(handler: Callable[..., Awaitable[None]]) -> Any:

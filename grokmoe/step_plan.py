@@ -115,11 +115,13 @@ class StepPlan:
 
     hidden_state: for a worker without the first layer, what those before it have made of the tokens: the residual,
         float32 tensor [tokens, hidden_size]. None: it begins with the tokens.
+    traceparents: the step's span in the traces that it is written to, see grokmoe/trace_context.py.
     """
 
     incarnation: str
     chunks: tuple[SequenceChunk, ...]
     hidden_state: Any = None
+    traceparents: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -43,11 +43,15 @@ class AsyncStream:
         self._builder = CompletionBuilder(request.sampling.n if request.sampling.HasField("n") else 1)
         self.request_id = ""
         """As given, or as the server drew it; empty before the first delta."""
+        self._span = connection.span(request)
+        self.trace_id = self._span.trace_id
+        """Of the trace it is part of, 32 hexadecimal digits; empty: the client has no `tracer_provider`."""
         self._begin()
 
     def _begin(self) -> None:
         request = pb.StreamGenerateRequest(generate=self._request)
-        self._call = self._connection.begin(self._connection.generation.StreamGenerate, request, self._attempts)
+        method = self._connection.generation.StreamGenerate
+        self._call = self._connection.begin(method, request, self._attempts, self._span)
         self._messages = aiter(self._call)
 
     def __aiter__(self) -> Self:
@@ -65,11 +69,13 @@ class AsyncStream:
                     self._resumption.add(message)
                 delta = read_delta(message)
                 self._builder.add(delta)
-        except BaseException:
+        except BaseException as error:
+            self._span.end(error)
             self.cancel_soon()
             raise
         if message is None:
             self._ended = True
+            self._span.end()
             raise StopAsyncIteration
         self._received = True
         self.request_id = message.request_id
@@ -109,6 +115,7 @@ class AsyncStream:
         """As `aclose`, from any thread, at any time and without waiting."""
         if not self._ended:
             self._ended = True
+            self._span.end()
             # On the loop, where a new attempt cannot begin meanwhile. A closed loop has ended the call.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._cancel)
@@ -126,5 +133,6 @@ class AsyncStream:
 
     def __del__(self) -> None:
         if not self._ended and self._call is not None:
+            self._span.end()
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._call.cancel)

@@ -93,6 +93,11 @@ class Stream:
         """As given, or as the server drew it; empty before the first delta."""
         return self._stream.request_id
 
+    @property
+    def trace_id(self) -> str:
+        """Of the trace it is part of, 32 hexadecimal digits; empty: the client has no `tracer_provider`."""
+        return self._stream.trace_id
+
     def __iter__(self) -> Self:
         return self
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from grokmoe.errors import GrokmoeError
+from grokmoe.logs import complain
 from grokmoe.settings import add_flags, from_namespace
 
 DESCRIPTION = "Grok-1 as a gRPC service with expert-parallel workers."
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[namespace.command]([*rest, *argv[1:]])
     except GrokmoeError as error:
-        print(f"grokmoe {namespace.command}: error: {error.message}", file=sys.stderr)
+        complain(f"grokmoe {namespace.command}", error.message)
         return 1
     except KeyboardInterrupt:
         return 130

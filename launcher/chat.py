@@ -160,7 +160,7 @@ def _complain(words: str) -> None:
 def chat(prompt: str | None, settings: GenerateSettings) -> int:
     """Reads lines until the end of standard input or /quit. Returns the exit code. Raises GrokmoeError."""
     is_terminal = sys.stdin.isatty()
-    with Client(settings.address, **settings.client_options()) as client:
+    with settings.traced_client_options() as options, Client(settings.address, **options) as client:
         conversation = Chat(client, settings)
         if is_terminal:
             print(f"{client.model().name} at {client.address}; /help explains")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from grokmoe.server import LOG_LEVELS
+from grokmoe.logs import LOG_LEVELS
 from grokmoe.settings import add_flags, from_namespace, setting
 
 READY_INTERVAL = 0.1

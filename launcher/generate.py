@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grokmoe import AsyncClient, Completion, ConfigError, GenerateOptions, TokenLogprob
+from grokmoe import AsyncClient, ClientOptions, Completion, ConfigError, GenerateOptions, TokenLogprob
 from grokmoe.settings import setting
+from grokmoe.tracing import ExportSettings, Tracing
 from launcher.connection import ConnectionSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateSettings(ConnectionSettings):
+class GenerateSettings(ConnectionSettings, ExportSettings):
     """What `grokmoe generate` takes beside the prompt."""
 
     max_tokens: int = setting(128, "most tokens to generate")
@@ -30,6 +32,26 @@ class GenerateSettings(ConnectionSettings):
     logprobs: int | None = setting(None, "show how likely each token was, and the N most likely ones", metavar="N")
     echo: bool = setting(True, "print the prompt before its continuation")
     stats: bool = setting(True, "print tokens and times to standard error at the end")
+
+    def __post_init__(self) -> None:
+        self.check_traces()
+
+    @property
+    def share_begun(self) -> float:
+        """Every call: who says where to wants to see it."""
+        return 1.0
+
+    @contextlib.contextmanager
+    def traced_client_options(self) -> Iterator[ClientOptions]:
+        """What to make a client with whose calls begin traces, if `traces` says where they go. ConfigError."""
+        options, tracing = self.client_options(), Tracing.open(self, "grokmoe-generate")
+        if tracing is None:
+            yield options
+            return
+        try:
+            yield {**options, "tracer_provider": tracing.provider}
+        finally:
+            tracing.close()
 
     def options(self) -> GenerateOptions:
         """What to ask for. ConfigError: the schema cannot be read."""
@@ -57,18 +79,25 @@ def _read(path: str) -> str:
 
 async def generate(prompt: str, settings: GenerateSettings) -> int:
     """Prints the prompt and its continuation as it comes. Returns the exit code. Raises GrokmoeError."""
-    async with AsyncClient(settings.address, **settings.client_options()) as client:
-        stream = client.stream(prompt, **settings.options())
-        shown = prompt if settings.echo else ""  # not before the service has accepted it
-        async for delta in stream:
-            print(shown + delta.text, end="", flush=True)
-            shown = ""
-        print(flush=True)
-        done = await stream.completion()
-        if done.logprobs:
-            print("\n".join(await logprob_table(client, done.logprobs)))
-        if settings.stats:
-            print(describe(done), file=sys.stderr)
+    with settings.traced_client_options() as options:
+        async with AsyncClient(settings.address, **options) as client:
+            return await _generate(client, prompt, settings)
+
+
+async def _generate(client: AsyncClient, prompt: str, settings: GenerateSettings) -> int:
+    stream = client.stream(prompt, **settings.options())
+    shown = prompt if settings.echo else ""  # not before the service has accepted it
+    async for delta in stream:
+        print(shown + delta.text, end="", flush=True)
+        shown = ""
+    print(flush=True)
+    done = await stream.completion()
+    if done.logprobs:
+        print("\n".join(await logprob_table(client, done.logprobs)))
+    if settings.stats:
+        print(describe(done), file=sys.stderr)
+    if stream.trace_id:
+        print(f"[trace {stream.trace_id}]", file=sys.stderr)
     return 0
 
 

@@ -129,7 +129,8 @@ class RoleProcess:
         async for line in _lines(stream):
             self._last_lines.append(line)
             if self._ready.is_set() or self.role == "router":  # who dies before it is ready is quoted by wait_ready
-                self._say(f"[{self.name}] {line}")
+                # An object of --log-format=json says itself whose it is, and must stay one.
+                self._say(line if line.startswith("{") else f"[{self.name}] {line}")
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

@@ -17,8 +17,9 @@ from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
 from grokmoe.expert_spec import ALL, parse_experts
+from grokmoe.logs import LogSettings, log_to_stderr, say
 from grokmoe.security import SecuritySettings
-from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, log_to_stderr, run, say
+from grokmoe.server import ServerSettings, check_port, run
 from grokmoe.settings import setting
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, free_port, gateway_process, serve_with
@@ -32,7 +33,7 @@ from router.transport.local import LocalAttentionLink
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeSettings(SecuritySettings, LimitSettings):
+class ServeSettings(SecuritySettings, LogSettings, LimitSettings):
     """What `grokmoe serve` takes."""
 
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
@@ -49,7 +50,6 @@ class ServeSettings(SecuritySettings, LimitSettings):
     openai: bool = setting(False, "serve the OpenAI HTTP API too, by a gateway in a process of its own")
     openai_port: int = setting(DEFAULT_OPENAI_PORT, "port of the OpenAI HTTP API; 0: any free one")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
-    log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +91,7 @@ def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertM
 
 async def serve(settings: ServeSettings) -> None:
     """Loads the model and serves until a signal comes. Raises StartupError."""
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings, "serve")
     port = settings.port
     if settings.openai:
         check_can_start(settings.model)
@@ -123,6 +123,7 @@ async def serve(settings: ServeSettings) -> None:
         metrics_port=settings.metrics_port,
         exit_on_stdin_eof=settings.exit_on_stdin_eof,
         **settings.security(),
+        **settings.logs(),
     )
 
     async def join() -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,10 @@ from attention_worker.config import AttentionWorkerSettings
 from expert_worker.config import ExpertWorkerSettings
 from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
 from grokmoe.errors import ConfigError
+from grokmoe.logs import LogSettings, log_to_stderr, say
 from grokmoe.model_config import ModelConfig
 from grokmoe.security import SecuritySettings
-from grokmoe.server import LOG_LEVELS, ServerSettings, check_port, stop_signal
+from grokmoe.server import ServerSettings, check_port, stop_signal
 from grokmoe.settings import setting, to_flags
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
@@ -29,7 +29,7 @@ from router.placement import spread
 
 
 @dataclasses.dataclass(frozen=True)
-class UpSettings(SecuritySettings, LimitSettings):
+class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     """What `grokmoe up` takes. Who may call is said of the router: the workers' sockets are its own user's alone."""
 
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
@@ -56,7 +56,6 @@ class UpSettings(SecuritySettings, LimitSettings):
     rebalance: str = setting("off", "move experts between workers by itself, to even out their load", ("off", "auto"))
     openai: bool = setting(False, "serve the OpenAI HTTP API too, by a gateway in front of the router")
     openai_port: int = setting(DEFAULT_OPENAI_PORT, "port of the OpenAI HTTP API; 0: any free one")
-    log_level: str = setting("info", "what is logged to standard error", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +98,7 @@ class Cluster:
         s = self.settings
         config = ModelConfig.from_file(s.model)
         common = {"model": str(Path(s.model).resolve()), "variant": s.variant, "dtype": s.dtype}
-        worker = {**common, "deterministic": s.deterministic}
+        worker = {**common, "deterministic": s.deterministic, "traces": s.traces}
         workers = []
         sizes = {"page_size": s.page_size, "kv_gib": s.kv_gib, "max_step_tokens": s.max_step_tokens}
         for index in range(s.attention):
@@ -125,7 +124,7 @@ class Cluster:
             rebalance=s.rebalance,
             **s.limits(),
         )
-        server = ServerSettings(listen=f"{s.host}:{s.port}", log_level=s.log_level, **s.security())
+        server = ServerSettings(listen=f"{s.host}:{s.port}", **s.logs(), **s.security())
         flags = [*to_flags(router), *to_flags(server)]
         return workers, RoleProcess("router", 0, "router", flags, self._say)
 
@@ -133,7 +132,7 @@ class Cluster:
         return f"unix:{self._directory}/{role}-{index}.sock"
 
     def _serve_flags(self, role: str, index: int) -> list[str]:
-        return to_flags(ServerSettings(listen=self._socket(role, index), log_level=self.settings.log_level))
+        return to_flags(ServerSettings(listen=self._socket(role, index), **self.settings.logs()))
 
     @property
     def processes(self) -> list[RoleProcess]:
@@ -225,6 +224,7 @@ async def up(settings: UpSettings) -> int:
     """Runs the cluster until a signal comes or its router ends. Returns the exit code. Raises StartupError."""
     if settings.openai:
         check_can_start(settings.model)
+    log_to_stderr(settings, "up")
     stop = stop_signal()
 
     cluster = Cluster(settings, lambda line: print(line, flush=True))
@@ -258,7 +258,7 @@ async def _watch(cluster: Cluster, stopping: asyncio.Future[bool]) -> int:
             if stopping in done:
                 return 0
             for process in [ends.pop(task) for task in done if task in ends]:
-                print(f"{process.name} ended with code {process.returncode}", file=sys.stderr, flush=True)
+                say(f"{process.name} ended with code {process.returncode}")
                 if process is cluster.router:
                     return 1
     finally:

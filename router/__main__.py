@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from grokmoe.errors import ConfigError
+from grokmoe.logs import say
 from grokmoe.role import run_role
-from grokmoe.server import ServerSettings, run, say
+from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
 from router.discovery import Sources

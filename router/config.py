@@ -28,6 +28,7 @@ class TelemetrySettings(TraceSettings):
     """What the router tells beside its metrics."""
 
     vllm_metrics: bool = setting(False, "metrics a second time under vLLM's names, for dashboards made for those")
+    log_requests: bool = setting(False, "a line in the log for every request that has ended, not only for failures")
 
 
 @dataclasses.dataclass(frozen=True)

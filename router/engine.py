@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from grokmoe.errors import ConfigError
+from grokmoe.errors import ConfigError, GrokmoeError
 from grokmoe.model_config import ModelConfig
 from grokmoe.telemetry import RouterMetrics
 from router.admission import Admission, AdmissionSettings, CallContext
@@ -33,7 +33,7 @@ from router.request import Request
 from router.step import SchedulerSettings, Step
 from router.step_report import StepReport
 from router.step_traces import StepTraces
-from router.transport.base import AttentionLink, Hole
+from router.transport.base import AttentionLink
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,11 @@ class Engine:
         index, first_lane = self._num_cells_ever, self._num_cells_ever * self.settings.scheduler.num_lanes
         self._num_cells_ever += 1
         hooks = CellHooks(
-            make_hole=lambda lane, legs, deadline: self._fill(first_lane + lane, legs, deadline),
+            make_hole=lambda lane, legs, deadline: self._make_hole(first_lane + lane, legs, deadline),
             generation_of=self._register.generation_of,
+            step_begins=self._step_begins,
             step_done=lambda *args: self._step_done(cell, *args),
+            step_failed=lambda *args: self._step_failed(cell, *args),
             rehome=self._fleet.rehome,
             ended=self._intake.forget,
             failed=self._intake.fail,
@@ -125,15 +127,17 @@ class Engine:
         self._fleet.add(cell)
         return cell
 
-    def _fill(self, lane: int, legs: Legs, deadline: float | None) -> Hole:
-        if self.traces is not None:
-            self.traces.step_begins()
-        return self._make_hole(lane, legs, deadline)
+    def _step_begins(self, step: Step) -> tuple[str, ...]:
+        return () if self.traces is None else self.traces.step_begins(step)
 
     def _step_done(self, cell: AttentionCell, step: Step, seconds: float, legs: Legs) -> None:
         self.report.step_done(cell, step, seconds, legs)
         if self.traces is not None:
             self.traces.step_done(cell.link.address, step, seconds, legs)
+
+    def _step_failed(self, cell: AttentionCell, step: Step, seconds: float, error: GrokmoeError) -> None:
+        if self.traces is not None:
+            self.traces.step_failed(cell.link.address, step, seconds, error.message)
 
     @property
     def cells(self) -> list[AttentionCell]:

@@ -111,7 +111,7 @@ def build_services(model: RouterModel, engine: Engine, settings: RouterSettings)
     """What clients see of an engine: inference, control, and the ecosystem's service where its stubs are installed."""
     dtype = str(model.dtype).removeprefix("torch.")
     generation = GenerationService(
-        engine, model.tokenizer, model.name, dtype, refuses_control_symbols=settings.refuse_control_symbols
+        engine, model.tokenizer, model.name, dtype, settings.refuse_control_symbols, settings.log_requests
     )
     services = [generation.as_service(), ControlService(engine).as_service()]
     ecosystem = vllm_engine_service(generation, engine, model.name, dtype, settings.model)

@@ -22,9 +22,9 @@ from router.sequence import Sequence
 from router.step import Chunk, Step
 
 
-def write_plan(step: Step, incarnation: str) -> StepPlan:
+def write_plan(step: Step, incarnation: str, traceparents: tuple[str, ...] = ()) -> StepPlan:
     """What the worker is asked for."""
-    return StepPlan(incarnation, tuple(_write_chunk(chunk) for chunk in step.chunks))
+    return StepPlan(incarnation, tuple(_write_chunk(chunk) for chunk in step.chunks), traceparents=traceparents)
 
 
 def _write_chunk(chunk: Chunk) -> SequenceChunk:

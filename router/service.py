@@ -19,6 +19,7 @@ from router.engine import Engine
 from router.generation import NOBODY, Generation
 from router.logprobs import prompt_to_messages
 from router.outbox import Outbox
+from router.request_log import RequestLog
 from router.request_metrics import observe_end
 from router.stream_writer import StreamWriter
 from router.structured import GrammarCompiler
@@ -36,9 +37,10 @@ def _label(reason: pb.FinishReason) -> str:
 
 @dataclasses.dataclass
 class _Outcome:
-    """How a request ended: a finish reason or the name of a gRPC code."""
+    """How a request ended: a finish reason or the name of a gRPC code. generation: None: it was refused before."""
 
     label: str = Code.CANCELLED.name
+    generation: Generation | None = None
 
 
 class GenerationService:
@@ -51,8 +53,10 @@ class GenerationService:
         model_name: str,
         dtype: str,
         refuses_control_symbols: bool = False,
+        logs_requests: bool = False,
     ) -> None:
         self._engine, self._tokenizer = engine, tokenizer
+        self._log = RequestLog(engine, logs_requests)
         self._model_name, self._dtype = model_name, dtype
         config = engine.config
         compiler = None
@@ -112,7 +116,7 @@ class GenerationService:
             call = read_call(context)
             self._engine.check_room(call)
             accepted = Accepted(await self._requests.score(request), None)
-            with self._submitted(accepted, call) as generation:
+            with self._submitted(accepted, call, outcome) as generation:
                 await generation.take()
                 outcome.label = "scored"
                 ids = accepted.request.prompt_ids
@@ -176,7 +180,7 @@ class GenerationService:
         with self._counted() as outcome:
             self._engine.check_room(call)  # before any work is done for it
             accepted = await self._requests.generate(proto)
-            with self._submitted(accepted, call) as generation:
+            with self._submitted(accepted, call, outcome) as generation:
                 yield generation, Answer(generation, self._tokenizer, accepted.text), outcome
 
     def _account(
@@ -190,9 +194,10 @@ class GenerationService:
         self._engine.metrics.generated_tokens.inc(num_tokens)
 
     @contextlib.contextmanager
-    def _submitted(self, accepted: Accepted, call: CallContext) -> Iterator[Generation]:
+    def _submitted(self, accepted: Accepted, call: CallContext, outcome: _Outcome) -> Iterator[Generation]:
         """The request in the engine; out of it at the end, so that a cancelled call does not cost another step."""
-        generation = self._engine.submit(accepted.request, call)
+        generation = outcome.generation = self._engine.submit(accepted.request, call)
+        self._log.begun(generation)
         request_id = accepted.request.request_id
         self._alive[request_id] = generation
         try:
@@ -217,3 +222,5 @@ class GenerationService:
             raise
         finally:
             self._engine.metrics.requests.labels(outcome.label).inc()
+            if outcome.generation is not None:
+                self._log.ended(outcome.generation, outcome.label)

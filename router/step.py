@@ -64,6 +64,11 @@ class Step:
 
     chunks: tuple[Chunk, ...]
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all requests that take part, sorted."""
+        return sorted({chunk.sequence.request.request_id for chunk in self.chunks})
+
     @functools.cached_property
     def num_tokens(self) -> int:
         """Tokens computed."""

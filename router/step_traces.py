@@ -4,12 +4,14 @@
     +- queue      arrival to first step
     +- prefill    first step to first token
     +- decode     first token to last
-    +- step       one for each that had a chunk of the request, with the seconds of its legs
-       +- layer      of some steps: the worker that all waited for
-          +- expert call   one for each worker that was asked, failed ones included
+    +- step       one for each that had a chunk of the request, with the seconds of its legs; failed ones included
+       +- attention step   of some steps: what the attention worker itself writes, layer by layer
+       +- layer            of the same steps: the worker that all waited for
+          +- expert call      one for each worker that was asked, failed ones included
+             +- expert worker    what that worker itself writes: waiting, and the grouped GEMM it took part in
 
-Spans are written after the fact, from times that are taken anyway. Workers have nothing to do with it: their answers
-say how long rows waited and were computed.
+Spans are written after the fact, from times that are taken anyway. Their ids are drawn before, for the plan and the
+calls to name them (grokmoe/trace_context.py): workers that were given `--traces` write what is below them.
 """
 
 from __future__ import annotations
@@ -17,30 +19,39 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 
+from grokmoe.trace_context import MAX_TRACES, belong_to, new_span, traceparents
 from grokmoe.tracing import Attributes, Span, Tracing
 from router.experts.call_record import CallRecord, straggler
 from router.generation import Generation
 from router.legs import Legs
-from router.step import Step
+from router.step import Chunk, Step
 
 DETAILED_STEPS = 16
 """Of so many steps of a request one is written with its layers and expert calls: at 64 layers and 8 workers a step has
 500 of them. The first, which computes the prompt, always is."""
 
-Layers = list[tuple[int, Sequence[CallRecord]]]
 
-_layers: ContextVar[Layers | None] = ContextVar("grokmoe_step_layers", default=None)
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Live:
     """A request that is traced."""
 
     span: Span
     num_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Details:
+    """Of one step: whose traces get its layers, by which id workers know it, and the layers so far."""
+
+    of: tuple[_Live, ...]
+    span_id: int
+    layers: list[tuple[int, Sequence[CallRecord]]]
+
+
+_details: ContextVar[_Details | None] = ContextVar("grokmoe_step_details", default=None)
 
 
 class StepTraces:
@@ -56,40 +67,55 @@ class StepTraces:
         if span is not None:
             self._live[generation.request.request_id] = _Live(span)
 
-    def step_begins(self) -> None:
-        """On the task that runs the step."""
-        _layers.set([] if self._live else None)
+    def trace_id(self, request_id: str) -> str:
+        """Of a request that is traced; empty: it is not."""
+        live = self._live.get(request_id)
+        return "" if live is None else live.span.trace_id
+
+    def step_begins(self, step: Step) -> tuple[str, ...]:
+        """On the task that runs the step. Returns the traceparents of its plan."""
+        detailed = [live for live, _ in self._traced(step) if live.num_steps % DETAILED_STEPS == 0][:MAX_TRACES]
+        belong_to(live.span.trace_id for live in detailed)
+        _details.set(_Details(tuple(detailed), new_span(), []) if detailed else None)
+        return traceparents()
+
+    def _traced(self, step: Step) -> Iterable[tuple[_Live, Chunk]]:
+        """Requests of a step that are traced, each once."""
+        if not self._live:
+            return ()
+        chunks = {chunk.sequence.request.request_id: chunk for chunk in step.chunks}
+        return [(self._live[name], chunk) for name, chunk in chunks.items() if name in self._live]
 
     def layer_done(self, layer: int, calls: Sequence[CallRecord]) -> None:
         """See LayerHook."""
-        layers = _layers.get()
-        if layers is not None:
-            layers.append((layer, tuple(calls)))
+        details = _details.get()
+        if details is not None:
+            details.layers.append((layer, tuple(calls)))
 
     def step_done(self, worker: str, step: Step, seconds: float, legs: Legs) -> None:
         """On the same task as `step_begins`. worker: address of the attention worker."""
-        if not self._live:
-            return
-        end, layers = time.monotonic(), _layers.get() or []
-        chunks = {chunk.sequence.request.request_id: chunk for chunk in step.chunks}
-        for request_id, chunk in chunks.items():
-            live = self._live.get(request_id)
-            if live is None:
-                continue
-            span = live.span.child(
-                "step",
-                end - seconds,
-                end,
-                {
-                    "attention_worker": worker,
-                    "tokens": step.num_tokens,
-                    "sequences": len(step.chunks),
-                    "first_position": chunk.start,
-                    **{f"leg.{leg}": spent for leg, spent in legs.seconds.items() if spent},
-                },
-            )
-            if live.num_steps % DETAILED_STEPS == 0:
-                _write_layers(span, layers)
+        spent = {f"leg.{leg}": spent for leg, spent in legs.seconds.items() if spent}
+        self._write(worker, step, seconds, spent, "")
+
+    def step_failed(self, worker: str, step: Step, seconds: float, error: str) -> None:
+        """The same for a step without a result. A request that ended with it is not there any more."""
+        self._write(worker, step, seconds, {}, error)
+
+    def _write(self, worker: str, step: Step, seconds: float, more: Attributes, error: str) -> None:
+        end, details = time.monotonic(), _details.get()
+        for live, chunk in self._traced(step):
+            attributes: Attributes = {
+                "attention_worker": worker,
+                "tokens": step.num_tokens,
+                "sequences": len(step.chunks),
+                "first_position": chunk.start,
+                **more,
+            }
+            is_detailed = details is not None and live in details.of
+            span_id = details.span_id if details is not None and is_detailed else 0
+            span = live.span.child("step", end - seconds, end, attributes, error, span_id)
+            if details is not None and is_detailed:
+                _write_layers(span, details.layers)
             live.num_steps += 1
 
     def end(self, generation: Generation) -> None:
@@ -121,7 +147,7 @@ class StepTraces:
         await asyncio.to_thread(self._tracing.close)
 
 
-def _write_layers(step: Span, layers: Layers) -> None:
+def _write_layers(step: Span, layers: Iterable[tuple[int, Sequence[CallRecord]]]) -> None:
     for layer, calls in layers:
         if not calls:
             continue
@@ -133,4 +159,4 @@ def _write_layers(step: Span, layers: Layers) -> None:
             attributes: dict[str, str | int | float] = {"worker": call.address, "rows": call.num_rows}
             if not call.failure:
                 attributes |= {"queue": call.queue, "compute": call.compute, "batch_rows": call.batch_rows}
-            span.child("expert call", call.begin, call.end, attributes, call.failure)
+            span.child("expert call", call.begin, call.end, attributes, call.failure, call.span_id)

@@ -113,12 +113,14 @@ class SequenceChunk(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ..., scoring: _Optional[_Union[TokenScoring, _Mapping]] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("incarnation", "chunks")
+    __slots__ = ("incarnation", "chunks", "traceparents")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENTS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     chunks: _containers.RepeatedCompositeFieldContainer[SequenceChunk]
-    def __init__(self, incarnation: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[SequenceChunk, _Mapping]]] = ...) -> None: ...
+    traceparents: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, incarnation: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[SequenceChunk, _Mapping]]] = ..., traceparents: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StepRequest(_message.Message):
     __slots__ = ("step_id", "plan", "layer", "remaining_rows", "payload")

@@ -89,7 +89,7 @@ class ExpertRange(_message.Message):
     def __init__(self, expert: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., slice: _Optional[int] = ..., num_slices: _Optional[int] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "slices", "num_slices", "payload")
+    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "slices", "num_slices", "traceparents", "payload")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,7 @@ class ForwardRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENTS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     layer: int
@@ -107,8 +108,9 @@ class ForwardRequest(_message.Message):
     timeout_ms: int
     slices: _containers.RepeatedScalarFieldContainer[int]
     num_slices: _containers.RepeatedScalarFieldContainer[int]
+    traceparents: _containers.RepeatedScalarFieldContainer[str]
     payload: _tensor_pb2.Tensor
-    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., slices: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., slices: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ..., traceparents: _Optional[_Iterable[str]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "revision", "payload")

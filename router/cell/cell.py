@@ -21,6 +21,7 @@ import time
 import torch
 
 from grokmoe.errors import GrokmoeError, Unavailable
+from grokmoe.logs import about
 from grokmoe.model_config import ModelConfig
 from router.attention_member import AttentionMember, CellSettings
 from router.cell.flights import Flights
@@ -182,7 +183,7 @@ class AttentionCell(AttentionMember):
         watch = self._flights.begin(step)
         with legs.time("plan"):
             self._hooks.note_scheduled(step)
-            plan = write_plan(step, info.incarnation)
+            plan = write_plan(step, info.incarnation, self._hooks.step_begins(step))
         begin = time.perf_counter()
         outcome = await outcome_of(
             step,
@@ -203,13 +204,16 @@ class AttentionCell(AttentionMember):
             self._lose(info, Unavailable("it has computed something that is not finite"))
         if outcome.result is not None:
             self._hooks.step_done(step, time.perf_counter() - begin, legs)
+        elif outcome.error is not None:
+            self._hooks.step_failed(step, time.perf_counter() - begin, outcome.error)
         self._flights.end(step)
         self._hand_over()
         self._give_way()
 
     def _recover(self, step: Step | None, error: Exception) -> None:
         """After a bug on a lane: no request may wait for ever for a step that nobody drives."""
-        logger.critical("a bug in cell %d: %s", self.index, error, exc_info=error)
+        concerned = about(request_ids=[] if step is None else step.request_ids)
+        logger.critical("a bug in cell %d: %s", self.index, error, exc_info=error, extra=concerned)
         self.counters.lane_restarts += 1
         failure = bug_in_step(error)
         try:
@@ -254,7 +258,8 @@ class AttentionCell(AttentionMember):
         if info is not self.info or self._is_lost:
             return
         self._is_lost = True
-        logger.warning("%s is lost: %s", self.name, error.message)
+        concerned = about(request_ids=sorted({name for step in self._flights for name in step.request_ids}))
+        logger.warning("%s is lost: %s", self.name, error.message, extra=concerned)
         self.counters.losses += 1
         self.counters.hangs += is_hung
         self._lanes.stop()

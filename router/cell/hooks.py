@@ -26,8 +26,12 @@ class CellHooks:
     """Who fills the MoE of a step."""
     generation_of: Callable[[Sequence], Generation | None]
     """The generation a sequence belongs to; None when the client has gone."""
+    step_begins: Callable[[Step], tuple[str, ...]]
+    """On the task that runs the step. Returns what the plan says of the traces that the step is written to."""
     step_done: Callable[[Step, float, Legs], None]
-    """(step, seconds, legs): for metrics."""
+    """(step, seconds, legs): for metrics and traces. On the task that has run the step."""
+    step_failed: Callable[[Step, float, GrokmoeError], None]
+    """(step, seconds, why): for traces. On the same task; the requests that it took along may be gone."""
     rehome: Callable[[list[Sequence]], None]
     """Finds another cell, or this one again, for the sequences of a worker that was lost or drains."""
     ended: Callable[[Sequence], None]

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol, runtime_checkable
 
 from grokmoe.errors import FailedPrecondition, GrokmoeError, InternalError, Reason, Unavailable
+from grokmoe.logs import about
 from grokmoe.step_plan import StepResult
 from router.experts import ExpertsUnavailable
 from router.step import Step
@@ -91,7 +92,7 @@ async def outcome_of(
     except (Unavailable, FailedPrecondition) as error:
         return Outcome(Fate.REFUSED if error.reason is Reason.SHUTTING_DOWN else Fate.LOST, error=error)
     except Exception as error:
-        logger.exception("step failed")
+        logger.exception("step failed", extra=about(request_ids=step.request_ids))
         return Outcome(Fate.BUG, error=bug_in_step(error))
     by_experts = _faulty_places(step, hole)
     faulty = by_experts.union(result.faulty_chunks)

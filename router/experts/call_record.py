@@ -11,6 +11,7 @@ class CallRecord:
     """begin, end: time.monotonic(). queue, compute: seconds, in the worker's words; batch_rows: see ExpertReply.
 
     failure: why there was no answer, such as "lost"; empty: there was one.
+    span_id: what the worker knows the call by in the traces that it is written to; 0: in none.
     """
 
     worker: int
@@ -22,6 +23,7 @@ class CallRecord:
     compute: float = 0.0
     batch_rows: int = 0
     failure: str = ""
+    span_id: int = 0
 
 
 LayerHook = Callable[[int, Sequence[CallRecord]], None]

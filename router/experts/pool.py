@@ -16,6 +16,7 @@ import torch
 
 from grokmoe.errors import InternalError
 from grokmoe.model_config import ModelConfig
+from grokmoe.trace_context import new_span
 from router.dispatch import Shard, reassign
 from router.experts.answers import RowsWithoutAnswer, is_finite
 from router.experts.attempt import AttemptFailed, Attempts
@@ -158,15 +159,15 @@ class ExpertPool(ExpertMembers):
             if member is not None and member.is_usable:  # it may have been lost since it was chosen
                 if past.failed_at is not None:
                     self._check_patience(past)
-                called = time.monotonic()
+                called, span_id = time.monotonic(), new_span()
                 try:
                     reply = await self._call(this, member, shard, rows_ND, past)
                 except AttemptFailed as failed:
-                    this.calls.append(_record(member, rows_ND, called, failed.cause.value))
+                    this.calls.append(_record(member, rows_ND, called, span_id, failed.cause.value))
                     past = past.after(failed)
                     self.counters.retries[failed.cause] += 1
                 else:
-                    this.calls.append(_record(member, rows_ND, called, "", reply))
+                    this.calls.append(_record(member, rows_ND, called, span_id, reply=reply))
                     # Rows that were not finite when they were sent are never unsure.
                     this.is_incomplete |= past.unsure_ND is not None and not is_finite(reply.rows_ND)
                     return reply
@@ -210,13 +211,17 @@ class ExpertPool(ExpertMembers):
 
 
 def _record(
-    member: ExpertMember, rows_ND: torch.Tensor, begin: float, failure: str, reply: ExpertReply | None = None
+    member: ExpertMember,
+    rows_ND: torch.Tensor,
+    begin: float,
+    span_id: int,
+    failure: str = "",
+    reply: ExpertReply | None = None,
 ) -> CallRecord:
     """A call that has just ended. One that was hedged stands for both."""
     now, address, num_rows = time.monotonic(), member.link.address, rows_ND.shape[0]
-    if reply is None:
-        return CallRecord(member.index, address, num_rows, begin, now, failure=failure)
-    return CallRecord(member.index, address, num_rows, begin, now, reply.queue, reply.compute, reply.batch_rows)
+    told = (0.0, 0.0, 0) if reply is None else (reply.queue, reply.compute, reply.batch_rows)
+    return CallRecord(member.index, address, num_rows, begin, now, *told, failure, span_id)
 
 
 async def _gather(calls: Sequence[Coroutine[Any, Any, ExpertReply]]) -> list[ExpertReply]:

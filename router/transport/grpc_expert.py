@@ -13,6 +13,7 @@ from grokmoe import tensors
 from grokmoe.channel import TIMEOUTS
 from grokmoe.errors import GrokmoeError, InvalidRequest, Unavailable
 from grokmoe.status import from_failure, from_rpc_error
+from grokmoe.trace_context import traceparents
 from grokmoe.v1 import expert_pb2
 from router.placement import ExpertLayers
 from router.transport.base import CorruptReply, ExpertInfo, ExpertReply, Loaded
@@ -170,7 +171,9 @@ class GrpcExpertLink:
         stream = self._lanes.get(lane)
         if stream is None or stream.error is not None:
             stream = self._lanes[lane] = _ExpertStream(self._channel, self._max_rows, self._width or None, self._on_end)
-        request = expert_pb2.ForwardRequest(layer=layer, expert_ids=expert_ids, counts=counts)
+        request = expert_pb2.ForwardRequest(
+            layer=layer, expert_ids=expert_ids, counts=counts, traceparents=traceparents()
+        )
         if timeout is not None:
             request.timeout_ms = max(1, int(timeout * 1000))
         header, out_ND = await stream.call(request, rows_ND)

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grokmoe import AsyncClient
-from grokmoe.errors import ConfigError
-from grokmoe.tracing import TraceSettings, Tracing, caller_metadata
+from grokmoe.errors import ConfigError, Unavailable
+from grokmoe.trace_context import MAX_TRACES
+from grokmoe.tracing import ExportSettings, TraceSettings, Tracing, caller_metadata
 from router.experts.call_record import CallRecord, straggler
 from router.step_traces import DETAILED_STEPS, StepTraces
 from tests import goldens
@@ -28,7 +29,10 @@ NUM_TOKENS = DETAILED_STEPS + 2
 def test_nothing_is_loaded_where_nobody_asks() -> None:
     """Also where OpenTelemetry is installed: what is off costs nothing."""
     assert Tracing.open(TraceSettings(), "test") is None
-    program = "import sys, router.__main__, grokmoe.client; print(any('opentelemetry' in name for name in sys.modules))"
+    program = (
+        "import sys, router.__main__, attention_worker.__main__, expert_worker.__main__, grokmoe.client;"
+        "print(any('opentelemetry' in name for name in sys.modules))"
+    )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert told.stdout == "False\n"
 
@@ -171,6 +175,66 @@ async def test_a_call_that_failed_is_in_the_trace() -> None:
         assert [call.status.description for call in failed] == ["lost"]
         assert failed[0].attributes["grokmoe.worker"] == doubles[0].address
         assert not here.named("request")[0].status.description
+
+
+@on_a_loop
+async def test_of_many_traced_requests_some_have_details() -> None:
+    """A step's message cannot name hundreds of traces, nor need hundreds of copies of its spans be written."""
+    async with traced() as here:
+        await asyncio.gather(*(here.generate(max_tokens=2) for _ in range(3 * MAX_TRACES)))
+        traces = {span.context.trace_id for span in here.named("request")}
+        assert len(traces) == 3 * MAX_TRACES
+        by_trace = {trace: [span for span in here.spans() if span.context.trace_id == trace] for trace in traces}
+        for spans in by_trace.values():
+            assert len([span for span in spans if span.name == "step"]) == 2
+        calls = {span.context.span_id for span in here.named("expert call")}
+        for call in calls:
+            assert 1 <= len([span for span in here.named("expert call") if span.context.span_id == call]) <= MAX_TRACES
+
+
+@on_a_loop
+async def test_a_step_that_failed_is_in_the_trace() -> None:
+    async with traced() as here:
+        (cell,) = here.served.engine.cells
+        step, num_calls = cell.link.step, 0
+
+        async def lost_once(*arguments: Any) -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == 1:
+                raise Unavailable("gone")
+            return await step(*arguments)
+
+        cell.link.step = lost_once  # type: ignore[method-assign]
+        await here.generate(max_tokens=2)
+        steps = here.named("step")
+        assert [span.status.description for span in steps] == ["gone", None, None]
+        assert not here.named("request")[0].status.description
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        "",
+        "nonsense",
+        f"00-{'0' * 32}-{'1' * 16}-01",
+        f"00-{'a' * 32}-{'0' * 16}-01",
+        f"00-{'a' * 32}-{'1' * 16}-00",
+        f"00-{'A' * 32}-{'1' * 16}-01",
+        "00-" + "ü" * 32,
+        "x" * 10_000,
+    ],
+)
+def test_a_worker_writes_nothing_for_what_is_no_sampled_parent(traceparent: str) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+
+    tracing = Tracing(TracerProvider(ParentBased(TraceIdRatioBased(ExportSettings().share_begun))))
+    good = f"00-{'a' * 32}-{'b' * 16}-01"
+    (span,) = tracing.under([traceparent, good], "work", 0.0)
+    assert span.trace_id == "a" * 32
+    assert len(list(tracing.under([good] * 100, "work", 0.0))) == MAX_TRACES
 
 
 @on_a_loop
