@@ -44,13 +44,18 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequenc
     parts = [*_marks(marks, x_scale), *_axes(x, y, x_scale, y_scale)]
     parts += [_draw(each, x_scale, y_scale) for each in series]
     legend = "".join(
-        f'<span class="key"><i class="k{each.colour}{" dashed" if each.is_dashed else ""}"></i>'
-        f"{html.escape(each.name)}</span>"
+        f'<span class="key"><i class="k{each.colour}{_key_style(each)}"></i>{html.escape(each.name)}</span>'
         for each in series
         if each.name
     )
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}<p class=legend>{legend}</p></figure>"
+
+
+def _key_style(series: Series) -> str:
+    if series.kind == "dots":
+        return " dots"
+    return " dashed" if series.is_dashed else ""
 
 
 def thin(points: Points) -> Points:
@@ -100,7 +105,7 @@ def _marks(marks: Sequence[Mark], x_scale: Scale) -> list[str]:
             parts.append(f'<rect class="span" {box}><title>{html.escape(mark.text)}</title></rect>')
         else:
             parts.append(f'<line class="mark" x1="{begin:.1f}" x2="{begin:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            parts.append(f'<text class="marked" x="{begin + 4:.1f}" y="{TOP + 11}">{html.escape(mark.text)}</text>')
+            parts.append(f'<text class="marked" x="{begin + 4:.1f}" y="{TOP + 24}">{html.escape(mark.text)}</text>')
     return parts
 
 
@@ -116,7 +121,7 @@ def _draw(series: Series, x_scale: Scale, y_scale: Scale) -> str:
         else:
             path += f"H{x:.1f}V{y:.1f}" if series.kind == "step" else f"L{x:.1f} {y:.1f}"
     circles = ""
-    if series.kind == "line" and len(places) <= 30:
+    if series.kind == "line" and not series.is_dashed and len(places) <= 30:
         circles = "".join(
             f'<circle class="c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{number(value[0])}: '
             f"{number(value[1])}</title></circle>"

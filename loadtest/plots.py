@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,14 +130,29 @@ def server(result: dict[str, Any]) -> list[str]:
         if name.startswith("grokmoe_requests_")
     ]
     charts.append(chart("requests at the server", TIME, Axis("sequences", low=0.0), requests, marks(result)))
-    pages = [
-        Series(name.removeprefix("grokmoe_kv_pages"), [(t, v) for t, v in points], "step", colour % 6)
-        for colour, (name, points) in enumerate(
-            (name, points) for name, points in series.items() if name.startswith("grokmoe_kv_pages")
-        )
+    pages = {name: points for name, points in series.items() if name.startswith("grokmoe_kv_pages")}
+    names = labels_of(list(pages))
+    lines = [
+        Series(name, [(t, v) for t, v in points], "step", colour % 6)
+        for colour, (name, points) in enumerate(zip(names, pages.values(), strict=True))
     ]
-    charts.append(chart("KV pages", TIME, Axis("pages", low=0.0), pages[:6], marks(result)))
+    charts.append(chart("KV pages", TIME, Axis("pages", low=0.0), lines[:6], marks(result)))
     return charts
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """`metric{state="used",worker="0"}` as `used`, with those labels only in which the names differ."""
+    found = [dict(re.findall(r'(\w+)="([^"]*)"', name)) for name in names]
+    telling = [label for label in (found[0] if found else {}) if len({each.get(label) for each in found}) > 1]
+    return [
+        ", ".join(_said(label, each.get(label, "")) for label in telling) or name
+        for name, each in zip(names, found, strict=True)
+    ]
+
+
+def _said(label: str, value: str) -> str:
+    """A number alone says nothing."""
+    return f"{label} {value}" if value.isdigit() else value
 
 
 def _failed(records: Sequence[RequestRecord]) -> list[RequestRecord]:

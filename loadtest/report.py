@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import html
 import json
 from collections.abc import Sequence
@@ -28,12 +29,13 @@ p.about { color: var(--faint); margin: 0 0 1rem; }
 .verdict p { margin: .3rem 0; padding: .5rem .8rem; background: var(--panel); border-left: 4px solid var(--good);
   border-radius: 3px; }
 .verdict p.bad { border-color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .8rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: .8rem; margin: 1rem 0; }
 .tile { background: var(--panel); border-radius: 6px; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .tile span { color: var(--faint); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1.2rem; }
 figure { margin: 0; background: var(--panel); border-radius: 6px; padding: .8rem; }
-figcaption { font-weight: 600; margin-bottom: .3rem; } svg { width: 100%; height: auto; display: block; }
+figure { overflow-x: auto; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+svg { width: 100%; min-width: 440px; height: auto; display: block; }
 svg text { fill: var(--faint); font: 12px system-ui, sans-serif; } svg text.label { fill: var(--text); }
 .grid { stroke: var(--line); } .span { fill: var(--c0); fill-opacity: .07; } .mark { stroke: var(--bad); }
 svg text.marked { fill: var(--bad); } .cell { fill: var(--c0); }
@@ -45,10 +47,12 @@ svg text.marked { fill: var(--bad); } .cell { fill: var(--c0); }
 .legend { margin: .2rem 0 0; color: var(--faint); min-height: 1.5em; } .key { margin-right: 1rem; white-space: nowrap; }
 .key i { display: inline-block; width: 18px; height: 0; border-top: 3px solid; margin-right: .4rem;
   vertical-align: middle; } .key i.dashed { border-top-style: dashed; }
+.key i.dots { width: 0; border: 4px solid; border-radius: 4px; margin-left: .3rem; }
 .k0 { color: var(--c0); } .k1 { color: var(--c1); } .k2 { color: var(--c2); } .k3 { color: var(--c3); }
 .k4 { color: var(--c4); } .k5 { color: var(--c5); }
 .key i.ramp { width: 80px; height: 10px; border: 0; background: linear-gradient(90deg, transparent, var(--c0)); }
-.scroll { overflow-x: auto; margin: 0 0 1rem; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: flex-start; }
+.scroll { overflow-x: auto; margin: 0 0 1.2rem; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -72,9 +76,14 @@ def about(result: dict[str, Any]) -> str:
     bound = f", at most {result['max_concurrency']} under way" if result["max_concurrency"] else ""
     inputs = result["settings"]["dataset_name"]
     return (
-        f"{server['name']} ({server['dtype']}) at {server['address']}, {result['date']}: {result['num_prompts']} "
-        f"requests, {rate}{bound}, inputs {inputs}, seed {result['settings']['seed']}"
+        f"{server['name']} ({server['dtype']}) at {server['address']}, {_date(result['date'])}: "
+        f"{result['num_prompts']} requests, {rate}{bound}, inputs {inputs}, seed {result['settings']['seed']}"
     )
+
+
+def _date(text: str) -> str:
+    """As one reads it."""
+    return datetime.datetime.strptime(text, "%Y%m%d-%H%M%S").isoformat(" ")
 
 
 def to_html(result: dict[str, Any], records: Sequence[RequestRecord]) -> str:
@@ -92,7 +101,7 @@ def to_html(result: dict[str, Any], records: Sequence[RequestRecord]) -> str:
         f"<h1>{html.escape(title(result))}</h1><p class=about>{html.escape(about(result))}</p>",
         f"<div class=verdict>{verdict}</div>",
         f"<div class=tiles>{''.join(_tiles(result))}</div>",
-        *map(_table, tables.all_tables(result)),
+        f"<div class=tables>{''.join(map(_table, tables.all_tables(result)))}</div>",
     ]
     for name, charts in sections:
         if drawn := [each for each in charts if each]:
@@ -120,7 +129,7 @@ def _tiles(result: dict[str, Any]) -> list[str]:
         ("good requests/s", f"{result['request_goodput']:.2f}"),
         ("output tokens/s", f"{result['output_throughput']:.1f}"),
         *(
-            (f"{name.upper()} {label}, ms", tables.milliseconds(result[f"{key}_{name}_ms"]))
+            (f"{name.upper()} {label}", f"{tables.milliseconds(result[f'{key}_{name}_ms'])} ms")
             for name in ("ttft", "tpot")
             for key, label in (("median", "median"), ("p99", "p99"))
             if f"{key}_{name}_ms" in result

@@ -36,14 +36,20 @@ def verdict(result: dict[str, Any]) -> list[str]:
         lines.append(f"INVALID: {result['invalid_because']}")
     if found := result.get("sweep"):
         if found["held"]:
-            below = f", fails at {found['failed']:.3g}" if found["failed"] is not None else ", and no rate failed"
-            lines.append(f"The objectives hold up to {found['held']:.3g} requests/s{below}.")
+            above = f"and fail at {found['failed']:.3g}" if found["failed"] is not None else "and no rate failed"
+            lines.append(f"The objectives hold up to {found['held']:.3g} requests/s, {above}.")
         else:
             lines.append("The objectives hold at no rate that was tried.")
         late = [step["request_rate"] for step in found["steps"] if not step["valid"]]
         if late:
             rates = ", ".join(f"{rate:.3g}" for rate in late)
             lines.append(f"INVALID at {rates} requests/s: where the edge is may be the harness's doing.")
+    for each in result.get("faults", ()):
+        lines.append(
+            f"{each['fault']}: {each['requests_lost']} of {each['requests_under_way']} requests under way were lost, "
+            f"{each['changed']} of {each['compared']} got other tokens, the longest stall was "
+            f"{milliseconds(each['longest_stall_ms'])} ms."
+        )
     limits = ", ".join(f"{name.upper()} {limit:g} ms" for name, limit in result["slo"]["limits_ms"].items())
     holds = "hold" if result["slo_holds"] else "do not hold"
     lines.append(
@@ -123,7 +129,7 @@ def lag(result: dict[str, Any]) -> Table:
 
 
 def sweep_table(result: dict[str, Any]) -> Table:
-    """A row per step, in the order they were made."""
+    """A row per step, the slowest rate first."""
     rows = [
         (
             f"{step['request_rate']:.3g}",
@@ -135,7 +141,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
             *(milliseconds(step[key]) if key in step else "-" for key in SWEEP_LATENCIES),
             "yes" if step["valid"] else "no",
         )
-        for step in result.get("sweep", {}).get("steps", ())
+        for step in sorted(result.get("sweep", {}).get("steps", ()), key=lambda step: step["request_rate"])
     ]
     header = ("offered/s", "holds", "good %", "completed/s", "good/s", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99")
     return Table("sweep (latencies in ms)", (*header, "valid"), tuple(rows))

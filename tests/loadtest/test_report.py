@@ -16,12 +16,13 @@ from loadtest.chart import MOST_POINTS, Series, chart, thin
 from loadtest.explain import FORMULAS, explain
 from loadtest.heat_map import heat_map
 from loadtest.latencies import PER_REQUEST
-from loadtest.plots import cumulative
+from loadtest.plots import cumulative, labels_of
 from loadtest.record import Outcome
 from loadtest.report import to_html, to_markdown
 from loadtest.result import detailed
 from loadtest.scale import Axis, log_ticks, ticks
 from loadtest.settings import LoadSettings
+from loadtest.tables import sweep_table
 from tests.loadtest.records import result_of, steady_run
 
 VLLM_KEYS = """date backend endpoint_type label model_id tokenizer_id num_prompts request_rate burstiness
@@ -109,7 +110,8 @@ def test_the_page_says_what_the_result_does() -> None:
     (raw,) = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
     told = json.loads(html.unescape(raw))
     assert told["mean_ttft_ms"] == result["mean_ttft_ms"]
-    for text in ("kill:expert:1@3s", "The objectives hold up to 4 requests/s, fails at 8.", "code UNAVAILABLE"):
+    lost = "kill:expert:1@3s: 0 of 2 requests under way were lost, 0 of 59 got other tokens"
+    for text in (lost, "The objectives hold up to 4 requests/s, and fail at 8.", "code UNAVAILABLE"):
         assert text in html.unescape(page)
 
 
@@ -188,6 +190,20 @@ def test_a_distribution_ends_at_one() -> None:
     many = cumulative([index / 1000 for index in range(5000)])
     assert len(many) == 400
     assert many[-1] == (4999.0, 1.0)
+
+
+def test_lines_are_named_by_what_tells_them_apart() -> None:
+    one = ['m{state="used",worker="0"}', 'm{state="free",worker="0"}']
+    assert labels_of(one) == ["used", "free"]
+    assert labels_of([*one, 'm{state="free",worker="1"}']) == ["used, worker 0", "free, worker 0", "free, worker 1"]
+    assert labels_of(['m{state="used"}']) == ['m{state="used"}'], "alone, it keeps its name"
+    assert labels_of([]) == []
+
+
+def test_a_sweep_is_listed_by_rate() -> None:
+    result, _ = a_result()
+    result["sweep"]["steps"].reverse()
+    assert [row[0] for row in sweep_table(result).rows] == ["4", "8"]
 
 
 def test_nothing_to_draw_is_no_chart() -> None:
