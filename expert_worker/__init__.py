@@ -14,7 +14,7 @@ choose experts, weigh or sum their outputs, keep anything between calls, or call
     kernels/        the arithmetic, per device
     joining         several calls -> one, and the result back
     engine          the queue before the device
-    service         gRPC; forward_stream: one stream of it
+    service         gRPC; forward_stream: one stream of it, pair_end: rows beside it
 """
 
 from grokmoe.process_tuning import tune_process

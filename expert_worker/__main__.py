@@ -84,7 +84,7 @@ async def _serve(worker: ExpertWorkerSettings, server: ServerSettings, checkpoin
     torch.set_num_threads(1)
     loader = ExpertLoader(experts, checkpoint, device, metrics)
     tracing = Tracing.open(worker, "grokmoe-expert-worker")
-    service = ExpertService(engine, metrics, worker.max_rows, is_ready.is_set, loader, tracing)
+    service = ExpertService(engine, metrics, worker.max_rows, is_ready.is_set, loader, tracing, worker.pairs)
 
     def load() -> None:
         torch.set_num_threads(num_threads)

@@ -33,6 +33,7 @@ class ExpertWorkerSettings(ExportSettings):
     deterministic: bool = setting(False, "a row's bits never depend on the rows beside it; checked at start")
     max_rows: int = setting(8192, "most rows in one request; more is refused")
     max_batch_rows: int = setting(16384, "most rows that joined requests make together")
+    pairs: bool = setting(True, "take rows by gloo or NCCL from routers that offer it (--expert-transport)")
 
     def __post_init__(self) -> None:
         for name, least in (("capacity", 0), ("threads", 0), ("max_rows", 1), ("max_batch_rows", 1)):

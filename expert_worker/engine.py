@@ -41,6 +41,10 @@ class _Call:
     future: asyncio.Future[ExpertResult]
     received_ns: int
 
+    def joins(self, other: _Call) -> bool:
+        """Whether both are computed with the same weights, from rows in the same memory."""
+        return self.weights is other.weights and self.rows.rows_ND.device == other.rows.rows_ND.device
+
 
 class ExpertEngine:
     """Computes calls on the device thread, joining those that wait.
@@ -90,7 +94,7 @@ class ExpertEngine:
             num_rows = len(batch[0].rows.rows_ND) if batch else 0
             for call in alive[1:]:
                 size = len(call.rows.rows_ND)
-                if call.weights is batch[0].weights and num_rows + size <= self._max_batch_rows:
+                if call.joins(batch[0]) and num_rows + size <= self._max_batch_rows:
                     batch.append(call)
                     num_rows += size
                 else:
@@ -109,6 +113,8 @@ class ExpertEngine:
             rows = joined.rows
             out_ND = batch[0].weights.forward(rows.expert_ids, rows.counts, rows.rows_ND)
             outs_ND = joined.split(out_ND)
+            if out_ND.is_cuda:
+                torch.cuda.current_stream(out_ND.device).synchronize()  # an answer that is announced is there
         except BaseException as error:  # whatever it is, somebody waits for it, and the thread must live
             for call in batch:
                 _hand_over(call.future, error)

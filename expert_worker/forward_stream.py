@@ -12,10 +12,12 @@ import torch
 from expert_worker.call_trace import CallTrace
 from expert_worker.engine import ExpertEngine, ExpertResult
 from expert_worker.experts import ExpertCall
+from expert_worker.pair_end import PairEnd
 from grokmoe import tensors
 from grokmoe.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Reason, Unavailable
 from grokmoe.expert_messages import named_units
 from grokmoe.logs import about
+from grokmoe.pairs import Pair, PairBroken
 from grokmoe.status import to_failure
 from grokmoe.telemetry import ExpertMetrics
 from grokmoe.tracing import Tracing, trace_id_of
@@ -41,9 +43,18 @@ class ForwardStream:
     """The state of one Forward stream: unfinished requests, and those between reading and answering."""
 
     def __init__(
-        self, engine: ExpertEngine, metrics: ExpertMetrics, max_rows: int, context: Any, tracing: Tracing | None = None
+        self,
+        engine: ExpertEngine,
+        metrics: ExpertMetrics,
+        max_rows: int,
+        context: Any,
+        tracing: Tracing | None = None,
+        takes_pairs: bool = True,
     ) -> None:
-        """tracing: where calls that belong to a trace are written; None: nowhere."""
+        """tracing: where calls that belong to a trace are written; None: nowhere.
+
+        takes_pairs: whether rows may come by a pair beside the stream (grokmoe.pairs).
+        """
         self._engine = engine
         self._tracing = tracing
         self._metrics = metrics
@@ -56,6 +67,9 @@ class ForwardStream:
         self._writing = asyncio.Lock()
         self._ids: set[int] = set()
         self._pending: dict[asyncio.Task[None], asyncio.Future[ExpertResult]] = {}
+        experts = engine.experts
+        self._pair = PairEnd(experts.device, experts.config.hidden_size, experts.dtype, takes_pairs)
+        self._fetching: asyncio.Task[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._is_idle = False
         self._is_draining = False
@@ -69,6 +83,8 @@ class ForwardStream:
         except asyncio.CancelledError:
             if not self._is_closed:
                 raise
+        if self._fetching is not None:
+            await self._fetching
         await asyncio.gather(*self._pending)
 
     def drain(self) -> None:
@@ -83,8 +99,10 @@ class ForwardStream:
 
     def drop(self) -> None:
         """Cancels what has not been answered."""
-        if self._reader is not None:
-            self._reader.cancel()
+        for reader in (self._reader, self._fetching):
+            if reader is not None:
+                reader.cancel()
+        self._pair.close()
         for task, future in self._pending.items():
             future.cancel()
             task.cancel()
@@ -107,30 +125,60 @@ class ForwardStream:
             if whole is None:
                 continue
             request, rows_ND = whole
-            try:
-                call = self._checked(request, rows_ND)
-            except (InvalidRequest, FailedPrecondition) as error:
-                self._metrics.requests.labels("refused").inc()
-                await self._fail(request.request_id, error)
-                continue
-            if self._is_draining:
-                self._metrics.requests.labels("refused").inc()
-                await self._fail(request.request_id, draining())
-                continue
-            read_at = asyncio.get_running_loop().time()
-            await self._slots.acquire()
-            future = self._engine.submit(call)
-            del call  # while the stream is idle it must not keep weights that are to be freed
-            self._ids.add(request.request_id)
-            if request.timeout_ms:
-                _drop_at(future, read_at + request.timeout_ms / 1000)
-            trace = None
-            if self._tracing is not None and request.traceparents:
-                trace = CallTrace(self._tracing, request.traceparents, request.layer, sum(request.counts))
-            traces = [trace_id_of(parent) for parent in request.traceparents]
-            task = asyncio.create_task(self._answer(request.request_id, future, trace, traces))
-            self._pending[task] = future
-            task.add_done_callback(self._pending.pop)
+            if request.HasField("pair_offer"):
+                await self._take_offer(request)
+            elif request.pair_bytes:
+                # Beside the reading: what comes in messages need not wait for a pair that may be broken.
+                if self._fetching is not None:
+                    await self._fetching
+                self._fetching = asyncio.create_task(self._fetch(request))
+                self._fetching.add_done_callback(_look_at)
+            else:
+                await self._take(request, rows_ND)
+
+    async def _take_offer(self, request: expert_pb2.ForwardRequest) -> None:
+        try:
+            self._pair.take(request.pair_offer)
+        except (InvalidRequest, FailedPrecondition) as error:
+            await self._fail(request.request_id, error)
+            return
+        await self._write(expert_pb2.ForwardResponse(request_id=request.request_id))
+
+    async def _fetch(self, request: expert_pb2.ForwardRequest) -> None:
+        """The rows of a request, which come by the pair whatever becomes of it: both ends must stay in step."""
+        try:
+            pair, rows_ND = await self._pair.receive(sum(request.counts), request.pair_bytes, self._max_rows)
+        except PairBroken as error:
+            logger.info("rows have not come: %s", error.message)
+            self._metrics.requests.labels("refused").inc()
+            await self._write(expert_pb2.ForwardResponse(request_id=request.request_id, pair_lost=True))
+            return
+        await self._take(request, rows_ND, pair)
+
+    async def _take(
+        self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor | None, pair: Pair | None = None
+    ) -> None:
+        """A request that is there as a whole. pair: where its rows came from, if not from its messages."""
+        try:
+            call = self._checked(request, rows_ND)
+        except (InvalidRequest, FailedPrecondition) as error:
+            self._metrics.requests.labels("refused").inc()
+            await self._fail(request.request_id, error)
+            return
+        if self._is_draining:
+            self._metrics.requests.labels("refused").inc()
+            await self._fail(request.request_id, draining())
+            return
+        read_at = asyncio.get_running_loop().time()
+        await self._slots.acquire()
+        future = self._engine.submit(call)
+        del call  # while the stream is idle it must not keep weights that are to be freed
+        self._ids.add(request.request_id)
+        if request.timeout_ms:
+            _drop_at(future, read_at + request.timeout_ms / 1000)
+        task = asyncio.create_task(self._answer(request, future, pair))
+        self._pending[task] = future
+        task.add_done_callback(self._pending.pop)
 
     def _checked(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor | None) -> ExpertCall:
         """The call, once nothing about it can fail but the computation."""
@@ -143,15 +191,18 @@ class ForwardStream:
         return call
 
     async def _answer(
-        self, request_id: int, future: asyncio.Future[ExpertResult], trace: CallTrace | None, trace_ids: list[str]
+        self, request: expert_pb2.ForwardRequest, future: asyncio.Future[ExpertResult], pair: Pair | None
     ) -> None:
-        """Awaits one result and writes it.
+        """Awaits one result and writes it, or has the pair send its rows if that is where the request's came from.
 
         Encoding stays on the event loop: it is one memory copy of at most MAX_CHUNK_BYTES between two writes, done
         holding the interpreter's lock in any thread. The lock is per message, so that a small answer can slip in
         between the parts of a large one.
         """
-        result, error_of_trace = None, ""
+        request_id, result, error_of_trace = request.request_id, None, ""
+        trace = None
+        if self._tracing is not None and request.traceparents:
+            trace = CallTrace(self._tracing, request.traceparents, request.layer, sum(request.counts))
         try:
             try:
                 result = await _result(future)
@@ -163,6 +214,7 @@ class ForwardStream:
                 return
             except Exception as error:
                 error_of_trace = str(error) or type(error).__name__
+                trace_ids = [trace_id_of(parent) for parent in request.traceparents]
                 logger.exception("request %d failed", request_id, exc_info=error, extra=about(trace_ids=trace_ids))
                 self._metrics.requests.labels("failed").inc()
                 self._ids.discard(request_id)
@@ -175,6 +227,13 @@ class ForwardStream:
                 batch_rows=result.batch_rows,
                 revision=self._engine.experts.holdings.revision,
             )
+            if pair is not None and pair.error is None:
+                header.pair_bytes = result.rows_ND.nbytes
+                self._ids.discard(request_id)
+                await self._write(header)
+                await pair.send(result.rows_ND)
+                self._metrics.requests.labels("ok").inc()
+                return
             messages = tensors.encode_rows(header, result.rows_ND, "request_id")
             message = next(messages, None)
             while message is not None:
@@ -187,6 +246,8 @@ class ForwardStream:
             self._metrics.requests.labels("ok").inc()
         except grpc.aio.BaseError as error:
             logger.debug("request %d: the caller is gone: %s", request_id, error)
+        except PairBroken as error:  # the caller notices it, too, and asks again
+            logger.info("request %d: its rows were not sent: %s", request_id, error.message)
         finally:
             future.cancel()  # if this task was cancelled: nobody waits for it, so it need not be computed
             self._slots.release()
@@ -195,10 +256,20 @@ class ForwardStream:
 
     async def _fail(self, request_id: int, error: Exception) -> None:
         revision = self._engine.experts.holdings.revision
-        answer = expert_pb2.ForwardResponse(request_id=request_id, failure=to_failure(error), revision=revision)
-        message = tensors.encode(answer)
+        await self._write(
+            expert_pb2.ForwardResponse(request_id=request_id, failure=to_failure(error), revision=revision)
+        )
+
+    async def _write(self, answer: expert_pb2.ForwardResponse) -> None:
+        """An answer without rows in it."""
         async with self._writing:
-            await self._context.write(message)
+            await self._context.write(tensors.encode(answer))
+
+
+def _look_at(task: asyncio.Task[None]) -> None:
+    """What has ended it concerns nobody when the stream is over, too."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _drop_at(future: asyncio.Future[ExpertResult], when: float) -> None:

@@ -38,14 +38,17 @@ class ExpertService:
         is_ready: Callable[[], bool] = lambda: True,
         loader: ExpertLoader | None = None,
         tracing: Tracing | None = None,
+        takes_pairs: bool = True,
     ) -> None:
-        """loader: None where what is held never changes. tracing: None: calls are not written to traces."""
+        """loader: None where what is held never changes. tracing: None: calls are not written to traces. takes_pairs:
+        see ForwardStream."""
         self._engine = engine
         self._metrics = metrics
         self._max_rows = max_rows
         self._is_ready = is_ready
         self._loader = loader
         self._tracing = tracing
+        self._takes_pairs = takes_pairs
         self._incarnation = uuid.uuid4().hex
         self._streams: set[ForwardStream] = set()
         self._is_draining = False
@@ -127,7 +130,7 @@ class ExpertService:
     async def Forward(self, requests: Any, context: Any) -> None:
         """Requests in, answers out as they are ready. A request that fails is answered with a Failure; the stream
         ends only with bytes that are no ForwardRequest, because after those nothing on it can be trusted."""
-        stream = ForwardStream(self._engine, self._metrics, self._max_rows, context, self._tracing)
+        stream = ForwardStream(self._engine, self._metrics, self._max_rows, context, self._tracing, self._takes_pairs)
         self._streams.add(stream)
         try:
             self._check_ready()

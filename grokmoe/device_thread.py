@@ -35,6 +35,8 @@ class DeviceThread:
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None and not self._is_ending:
             task()
+        if not self._is_ending:
+            atexit.unregister(self._end)
 
     def _end(self) -> None:
         """At the end of the process: lets the task under way finish and drops the others."""
@@ -95,8 +97,11 @@ class DeviceThread:
         self._tasks.put(task)
         return outcome.result()
 
+    def leave(self) -> None:
+        """Ends the thread after the work handed over so far, and does not wait for that."""
+        self._tasks.put(None)
+
     def stop(self) -> None:
         """Ends the thread after the work handed over so far."""
-        atexit.unregister(self._end)
-        self._tasks.put(None)
+        self.leave()
         self._thread.join()

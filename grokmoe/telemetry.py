@@ -177,6 +177,16 @@ class RouterMetrics:
             ("expert",),
             registry=registry,
         )
+        self.pair_calls = Counter(
+            "grokmoe_expert_pair_calls_total",
+            "Calls of expert workers whose rows went both ways by gloo or NCCL.",
+            registry=registry,
+        )
+        self.pair_losses = Counter(
+            "grokmoe_expert_pair_losses_total",
+            "Times rows to an expert worker went back to gRPC's messages, or could not leave them.",
+            registry=registry,
+        )
 
 
 class AttentionMetrics:

@@ -1,4 +1,7 @@
-"""`grokmoe serve`: router, attention and experts in one process. Nothing on the way of a token but function calls."""
+"""`grokmoe serve`: router, attention and experts in one process. Nothing on the way of a token but function calls.
+
+With `--experts` the experts are elsewhere: workers behind gRPC or NCCL, which several such processes may share.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,20 @@ from grokmoe.settings import setting
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, free_port, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
-from router.config import LimitSettings, RouterSettings
+from router.config import LimitSettings, RemoteExpertSettings, RouterSettings
+from router.discovery import Sources
 from router.loading import build_engine, build_services, expose, load_model
+from router.membership import Membership
 from router.moe import LocalExperts
 from router.status_page import status_pages
-from router.transport.base import AttentionInfo
+from router.transport.base import AttentionInfo, ExpertLink
 from router.transport.local import LocalAttentionLink
+from router.transport.pair_expert import expert_links
+from router.transport.worker_access import WorkerAccess
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeSettings(SecuritySettings, LogSettings, LimitSettings):
+class ServeSettings(SecuritySettings, LogSettings, RemoteExpertSettings, LimitSettings):
     """What `grokmoe serve` takes."""
 
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
@@ -53,6 +60,9 @@ class ServeSettings(SecuritySettings, LogSettings, LimitSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        RemoteExpertSettings.__post_init__(self)
+        if self.experts and self.expert_dtype != SAME:
+            raise ConfigError(f"expert_dtype is {self.expert_dtype}: expert workers have their own")
         if self.openai and not self.is_open:
             raise ConfigError("openai: the gateway has neither TLS nor a token for the server behind it")
         check_port("port", self.port)
@@ -100,8 +110,11 @@ async def serve(settings: ServeSettings) -> None:
     torch.set_num_threads(1)  # this thread's; the device thread has the team (attention_worker/loading.py)
     registry = new_registry()
     common = {"model": settings.model, "variant": settings.variant, "dtype": settings.dtype}
-    router = RouterSettings(**common, **settings.limits())
-    model = load_model(router)
+    router = RouterSettings(**common, **settings.limits(), **settings.remote_experts())
+    model, metrics = load_model(router), RouterMetrics(registry)
+    expert_link = expert_links(router, WorkerAccess(router), metrics)
+    sources = Sources(settings.experts)
+    addresses = await sources.first(settings.join_timeout)
     attention = load_attention(
         AttentionWorkerSettings(
             **common,
@@ -114,10 +127,13 @@ async def serve(settings: ServeSettings) -> None:
         AttentionMetrics(registry),
         DeviceThread(),
     )
-    experts = load_experts(settings, attention.device, ExpertMetrics(registry))
     link = LocalAttentionLink(attention, describe(attention))
-    engine = build_engine(model, router, [link], RouterMetrics(registry), experts)
+    experts: LocalExperts | list[ExpertLink] = [expert_link(address) for address in addresses]
+    if not addresses:
+        experts = load_experts(settings, attention.device, ExpertMetrics(registry))
+    engine = build_engine(model, router, [link], metrics, experts)
     expose(registry, model, engine, router)
+    membership = Membership(engine, None, (sources, addresses), None, expert_link) if addresses else None
     server = ServerSettings(
         listen=f"{settings.host}:{port}",
         metrics_port=settings.metrics_port,
@@ -127,8 +143,11 @@ async def serve(settings: ServeSettings) -> None:
     )
 
     async def join() -> None:
-        await engine.start()
-        say(f"serving {model.name} in {settings.dtype}, all roles in this process")
+        await engine.start(say)
+        if membership is not None:
+            membership.start()
+        where = f"experts at {', '.join(addresses)}" if addresses else "all roles in this process"
+        say(f"serving {model.name} in {settings.dtype}, {where}")
 
     try:
         gateway = None
@@ -137,7 +156,11 @@ async def serve(settings: ServeSettings) -> None:
                 server.listen, settings.model, settings.host, settings.openai_port, settings.log_level
             )
         pages = status_pages(engine, model.name)
-        serving = run(server, build_services(model, engine, router), registry, before_ready=join, pages=pages)
+        readiness = engine.on_serving if membership is not None else None
+        services = build_services(model, engine, router)
+        serving = run(server, services, registry, before_ready=join, readiness=readiness, pages=pages)
         await (serve_with(gateway, serving) if gateway else serving)
     finally:
+        if membership is not None:
+            membership.stop()
         await engine.close()

@@ -18,6 +18,7 @@ from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
 from grokmoe.errors import ConfigError
 from grokmoe.logs import LogSettings, log_to_stderr, say
 from grokmoe.model_config import ModelConfig
+from grokmoe.pairs import BACKENDS
 from grokmoe.security import SecuritySettings
 from grokmoe.server import ServerSettings, check_port, stop_signal
 from grokmoe.settings import setting, to_flags
@@ -26,6 +27,7 @@ from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from launcher.process import RoleProcess
 from router.config import LimitSettings, RouterSettings, read_placement
 from router.placement import spread
+from router.transport.pair_offers import GRPC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,11 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     expert_dtype: str = setting(SAME, "what experts are stored in: as dtype says, or int8", choices=EXPERT_DTYPES)
     experts: int = setting(2, "expert worker processes", metavar="N")
     attention: int = setting(1, "attention worker processes", metavar="M")
+    expert_transport: str = setting(
+        GRPC,
+        "how rows travel to expert workers: in messages, or beside them by gloo or NCCL",
+        choices=(GRPC, *BACKENDS),
+    )
     expert_replicas: int = setting(1, "workers that hold each expert", metavar="R")
     host: str = setting(DEFAULT_HOST, "host the router serves on")
     port: int = setting(DEFAULT_PORT, "port the router serves on; 0: any free one")
@@ -122,6 +129,7 @@ class Cluster:
             experts=tuple(self._socket("expert", index) for index in range(s.experts)),
             lanes=s.lanes,
             rebalance=s.rebalance,
+            expert_transport=s.expert_transport,
             **s.limits(),
         )
         server = ServerSettings(listen=f"{s.host}:{s.port}", **s.logs(), **s.security())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from router.loading import build_engine, build_services, expose, load_model
 from router.membership import Membership
 from router.status_page import status_pages
 from router.transport.grpc_attention import GrpcAttentionLink
-from router.transport.grpc_expert import GrpcExpertLink
+from router.transport.pair_expert import expert_links
 from router.transport.worker_access import WorkerAccess
 
 DESCRIPTION = """\
@@ -41,17 +42,14 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
     if not settings.experts:
         raise ConfigError("experts is empty: name at least one expert worker")
     model, registry, access = load_model(settings), new_registry(), WorkerAccess(settings)
+    metrics = RouterMetrics(registry)
     sources = Sources(settings.attention), Sources(settings.experts)
     attention, experts = [await each.first(settings.join_timeout) for each in sources]
-    engine = build_engine(
-        model,
-        settings,
-        [GrpcAttentionLink(address, access=access) for address in attention],
-        RouterMetrics(registry),
-        [GrpcExpertLink(address, access) for address in experts],
-    )
+    attention_link, expert_link = partial(GrpcAttentionLink, access=access), expert_links(settings, access, metrics)
+    attention_links, links = [attention_link(each) for each in attention], [expert_link(each) for each in experts]
+    engine = build_engine(model, settings, attention_links, metrics, links)
     expose(registry, model, engine, settings)
-    membership = Membership(engine, access, (sources[0], attention), (sources[1], experts))
+    membership = Membership(engine, (sources[0], attention), (sources[1], experts), attention_link, expert_link)
 
     async def join() -> None:
         await engine.start(say)

@@ -15,6 +15,7 @@ from router.engine import EngineSettings
 from router.experts import ExpertPoolSettings
 from router.rebalancing import RebalanceSettings
 from router.step import SchedulerSettings
+from router.transport.pair_offers import ExpertTransportSettings
 from router.transport.worker_access import WorkerAccessSettings
 
 WORKERS = (
@@ -51,14 +52,9 @@ class LimitSettings(TelemetrySettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterSettings(WorkerAccessSettings, LimitSettings):
-    """What the router serves, where its workers are, and its limits."""
+class RemoteExpertSettings(ExpertTransportSettings, WorkerAccessSettings):
+    """Where expert workers are and how they are used. Every command whose experts are elsewhere has these."""
 
-    model: str = setting("", "checkpoint directory: its config, gates and tokenizer are read", metavar="DIR")
-    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
-    dtype: str = setting("bfloat16", "type the workers compute in", choices=("float32", "bfloat16"))
-    model_name: str = setting("", "name the model is served under; empty: the directory's name")
-    attention: tuple[str, ...] = setting([], WORKERS.format("attention"), metavar="ADDRESSES")
     experts: tuple[str, ...] = setting([], WORKERS.format("expert"), metavar="ADDRESSES")
     placement: str = setting(
         "",
@@ -66,9 +62,6 @@ class RouterSettings(WorkerAccessSettings, LimitSettings):
         "empty: every worker that holds it",
         metavar="FILE",
     )
-    threads: int = setting(1, "threads of one operation: gating and combining are small")
-    lanes: int = setting(1, "steps in flight per attention worker")
-    min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")
     join_timeout: float = setting(600.0, "seconds that workers have to be reachable at start")
     replica_wait: float = setting(30.0, "seconds a step without a deadline waits for an expert that nobody holds")
     hedge_quantile: float = setting(0.0, "ask a second holder when a call takes longer than this quantile; 0: never")
@@ -76,14 +69,48 @@ class RouterSettings(WorkerAccessSettings, LimitSettings):
     rebalance_interval: float = setting(60.0, "seconds between two looks at the balance")
     rebalance_threshold: float = setting(1.2, "load of the busiest expert worker over the mean that is put up with")
     rebalance_horizon: float = setting(1800.0, "seconds for which the load of late is taken to last")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pool_settings()  # complains of what cannot be
+
+    def remote_experts(self) -> dict[str, Any]:
+        """These settings, to be passed on to another class that has them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(RemoteExpertSettings)}
+
+    def pool_settings(self) -> ExpertPoolSettings:
+        """The limits of expert calls."""
+        rebalance = RebalanceSettings(
+            is_automatic=self.rebalance == "auto",
+            interval=self.rebalance_interval,
+            threshold=self.rebalance_threshold,
+            horizon=self.rebalance_horizon,
+        )
+        return ExpertPoolSettings(
+            replica_wait=self.replica_wait, hedge_quantile=self.hedge_quantile, rebalance=rebalance
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings(RemoteExpertSettings, LimitSettings):
+    """What the router serves, where its workers are, and its limits."""
+
+    model: str = setting("", "checkpoint directory: its config, gates and tokenizer are read", metavar="DIR")
+    variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
+    dtype: str = setting("bfloat16", "type the workers compute in", choices=("float32", "bfloat16"))
+    model_name: str = setting("", "name the model is served under; empty: the directory's name")
+    attention: tuple[str, ...] = setting([], WORKERS.format("attention"), metavar="ADDRESSES")
+    threads: int = setting(1, "threads of one operation: gating and combining are small")
+    lanes: int = setting(1, "steps in flight per attention worker")
+    min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")
     max_migrations: int = setting(5, "times a request may lose its attention worker before it ends with UNAVAILABLE")
     check_interval: float = setting(60.0, "seconds between two checks of all books while idle; 0: never")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.threads < 1:
             raise ConfigError(f"threads is {self.threads}, must be at least 1")
         self.check_traces()
-        self.pool_settings()  # complains of what cannot be
 
     def engine_settings(self, context_length: int) -> EngineSettings:
         """The limits as the engine takes them. Raises ConfigError for values that cannot be."""
@@ -103,18 +130,6 @@ class RouterSettings(WorkerAccessSettings, LimitSettings):
             join_timeout=self.join_timeout,
             max_migrations=self.max_migrations,
             check_interval=self.check_interval,
-        )
-
-    def pool_settings(self) -> ExpertPoolSettings:
-        """The limits of expert calls."""
-        rebalance = RebalanceSettings(
-            is_automatic=self.rebalance == "auto",
-            interval=self.rebalance_interval,
-            threshold=self.rebalance_threshold,
-            horizon=self.rebalance_horizon,
-        )
-        return ExpertPoolSettings(
-            replica_wait=self.replica_wait, hedge_quantile=self.hedge_quantile, rebalance=rebalance
         )
 
 

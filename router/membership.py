@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from router.cell import AttentionCell
 from router.discovery import Changes, Discovery, Sources
 from router.engine import Engine
-from router.transport.grpc_attention import GrpcAttentionLink
-from router.transport.grpc_expert import GrpcExpertLink
-from router.transport.worker_access import WorkerAccess
+from router.transport.base import AttentionLink, ExpertLink
+
+Found = tuple[Sources, Sequence[str]]
+"""Where workers are looked for, and those the engine has been made with."""
 
 
 class Membership:
@@ -18,13 +19,16 @@ class Membership:
     def __init__(
         self,
         engine: Engine,
-        access: WorkerAccess,
-        attention: tuple[Sources, Sequence[str]],
-        experts: tuple[Sources, Sequence[str]],
+        attention: Found | None,
+        experts: Found,
+        attention_link: Callable[[str], AttentionLink] | None,
+        expert_link: Callable[[str], ExpertLink],
     ) -> None:
-        """attention, experts: where workers are looked for, and those the engine has been made with."""
-        self._engine, self._access = engine, access
-        self._watches = [Discovery(*attention, self._follow_attention), Discovery(*experts, self._follow_experts)]
+        """attention: None where it is in this process. The last two: how one at an address is reached."""
+        self._engine, self._attention_link, self._expert_link = engine, attention_link, expert_link
+        self._watches = [Discovery(*experts, self._follow_experts)]
+        if attention is not None:
+            self._watches.append(Discovery(*attention, self._follow_attention))
 
     def start(self) -> None:
         """Begins to look, where anything can change."""
@@ -39,11 +43,12 @@ class Membership:
     def _follow_attention(self, changes: Changes) -> None:
         by_address: dict[str, AttentionCell] = {cell.link.address: cell for cell in self._engine.cells}
         for address in changes.added:
-            self._engine.add_cell(GrpcAttentionLink(address, access=self._access))
+            assert self._attention_link is not None, "attention workers are elsewhere"
+            self._engine.add_cell(self._attention_link(address))
         for address in changes.removed:
             if address in by_address:
                 self._engine.remove_cell(by_address[address])
 
     def _follow_experts(self, changes: Changes) -> None:
         assert self._engine.pool is not None, "remote experts have a pool"
-        self._engine.pool.follow(changes, lambda address: GrpcExpertLink(address, self._access))
+        self._engine.pool.follow(changes, self._expert_link)

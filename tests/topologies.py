@@ -1,7 +1,7 @@
 """The topologies of docs/architecture.md as engines for tests: same code as in production, workers where the test says.
 
 `fused`: function calls only. `split`: every worker behind a real gRPC server on a Unix socket, in this process.
-`processes`: every worker a process of its own.
+`fused_remote`: attention by function calls, experts as in `split`. `processes`: every worker a process of its own.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ from router.engine import Engine
 from router.loading import build_engine, load_model
 from router.placement import spread
 from router.request import Request
+from router.transport.base import AttentionLink
 from router.transport.grpc_attention import GrpcAttentionLink
-from router.transport.grpc_expert import GrpcExpertLink
 from router.transport.local import LocalAttentionLink
+from router.transport.pair_expert import expert_links
+from router.transport.worker_access import PLAIN
 
 _NUMBERS = itertools.count()
 
@@ -59,6 +61,7 @@ class Setup:
     num_experts: int = 2
     num_attention: int = 1
     expert_replicas: int = 1
+    expert_transport: str = "grpc"
     deterministic: bool = False
 
     @property
@@ -75,6 +78,7 @@ class Setup:
             min_lane_rows=self.min_lane_rows,
             max_step_tokens=self.max_step_tokens,
             max_running=self.max_running,
+            expert_transport=self.expert_transport,
         )
 
     @property
@@ -104,29 +108,51 @@ async def fused(setup: Setup) -> AsyncIterator[Engine]:
 
 
 @contextlib.asynccontextmanager
+async def fused_remote(setup: Setup) -> AsyncIterator[Engine]:
+    """Attention by function calls, experts behind gRPC on Unix sockets."""
+    attention = load_attention(setup.attention, AttentionMetrics(new_registry()), DeviceThread())
+    link = LocalAttentionLink(attention, describe(attention))
+    async with _expert_servers(setup) as addresses, _running(_engine(setup, [link], addresses)) as engine:
+        yield engine
+    attention.device.stop()
+
+
+@contextlib.asynccontextmanager
 async def split(setup: Setup) -> AsyncIterator[Engine]:
     """Workers behind gRPC on Unix sockets, all in this process."""
     servers, devices = [], []
     with tempfile.TemporaryDirectory() as directory:
         try:
-            attention_links, expert_links = [], []
+            links = []
             for index in range(setup.num_attention):
                 device = DeviceThread()
                 devices.append(device)
                 engine = load_attention(setup.attention, AttentionMetrics(new_registry()), device)
                 server = RoleServer([AttentionService(engine).as_service()])
-                attention_links.append(GrpcAttentionLink(await server.start(f"unix:{directory}/a{index}")))
+                links.append(GrpcAttentionLink(await server.start(f"unix:{directory}/a{index}")))
                 servers.append(server)
+            async with _expert_servers(setup) as addresses, _running(_engine(setup, links, addresses)) as engine:
+                yield engine
+        finally:
+            for server in servers:
+                await server.stop(0)
+            for device in devices:
+                device.stop()
+
+
+@contextlib.asynccontextmanager
+async def _expert_servers(setup: Setup) -> AsyncIterator[list[str]]:
+    """Their addresses."""
+    servers, devices, addresses = [], [], []
+    with tempfile.TemporaryDirectory() as directory:
+        try:
             for index, held in enumerate(_spread(setup)):
                 device = DeviceThread()
                 devices.append(device)
-                service = _expert_service(setup, held, device)
-                server = RoleServer([service.as_service()])
-                expert_links.append(GrpcExpertLink(await server.start(f"unix:{directory}/e{index}")))
+                server = RoleServer([_expert_service(setup, held, device).as_service()])
                 servers.append(server)
-            engine = _engine(setup, attention_links, expert_links)
-            async with _running(engine):
-                yield engine
+                addresses.append(await server.start(f"unix:{directory}/e{index}"))
+            yield addresses
         finally:
             for server in servers:
                 await server.stop(0)
@@ -165,7 +191,7 @@ async def processes(setup: Setup) -> AsyncIterator[Engine]:
             engine = _engine(
                 setup,
                 [GrpcAttentionLink(process.address) for process in started if process.role == "attention"],
-                [GrpcExpertLink(process.address) for process in started if process.role == "expert"],
+                [process.address for process in started if process.role == "expert"],
             )
             async with _running(engine):
                 yield engine
@@ -179,16 +205,17 @@ def _spread(setup: Setup) -> tuple[tuple[int, ...], ...]:
         return spread(checkpoint.config.num_experts, setup.num_experts, setup.expert_replicas)
 
 
-def _engine(setup: Setup, attention: list[GrpcAttentionLink], experts: list[GrpcExpertLink]) -> Engine:
+def _engine(setup: Setup, attention: Sequence[AttentionLink], experts: Sequence[str]) -> Engine:
     metrics = RouterMetrics(new_registry())
-    return build_engine(load_model(setup.router), setup.router, attention, metrics, experts)
+    expert_link = expert_links(setup.router, PLAIN, metrics)
+    return build_engine(load_model(setup.router), setup.router, attention, metrics, [expert_link(e) for e in experts])
 
 
 @contextlib.asynccontextmanager
-async def _running(engine: Engine) -> AsyncIterator[None]:
+async def _running(engine: Engine) -> AsyncIterator[Engine]:
     await engine.start()
     try:
-        yield
+        yield engine
         engine.check()
     finally:
         await engine.close()

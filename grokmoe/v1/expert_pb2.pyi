@@ -88,8 +88,20 @@ class ExpertRange(_message.Message):
     num_slices: int
     def __init__(self, expert: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., slice: _Optional[int] = ..., num_slices: _Optional[int] = ...) -> None: ...
 
+class PairOffer(_message.Message):
+    __slots__ = ("backend", "host", "port", "name")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    host: str
+    port: int
+    name: str
+    def __init__(self, backend: _Optional[str] = ..., host: _Optional[str] = ..., port: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
 class ForwardRequest(_message.Message):
-    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "slices", "num_slices", "traceparents", "payload")
+    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "slices", "num_slices", "pair_offer", "pair_bytes", "traceparents", "payload")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +110,8 @@ class ForwardRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
+    PAIR_OFFER_FIELD_NUMBER: _ClassVar[int]
+    PAIR_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENTS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     request_id: int
@@ -108,12 +122,14 @@ class ForwardRequest(_message.Message):
     timeout_ms: int
     slices: _containers.RepeatedScalarFieldContainer[int]
     num_slices: _containers.RepeatedScalarFieldContainer[int]
+    pair_offer: PairOffer
+    pair_bytes: int
     traceparents: _containers.RepeatedScalarFieldContainer[str]
     payload: _tensor_pb2.Tensor
-    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., slices: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ..., traceparents: _Optional[_Iterable[str]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., slices: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ..., pair_offer: _Optional[_Union[PairOffer, _Mapping]] = ..., pair_bytes: _Optional[int] = ..., traceparents: _Optional[_Iterable[str]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "revision", "payload")
+    __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "revision", "pair_bytes", "pair_lost", "payload")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REMAINING_ROWS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +137,8 @@ class ForwardResponse(_message.Message):
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    PAIR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAIR_LOST_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     remaining_rows: int
@@ -129,5 +147,7 @@ class ForwardResponse(_message.Message):
     compute_ns: int
     batch_rows: int
     revision: int
+    pair_bytes: int
+    pair_lost: bool
     payload: _tensor_pb2.Tensor
-    def __init__(self, request_id: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_rows: _Optional[int] = ..., revision: _Optional[int] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., remaining_rows: _Optional[int] = ..., failure: _Optional[_Union[_failure_pb2.Failure, _Mapping]] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_rows: _Optional[int] = ..., revision: _Optional[int] = ..., pair_bytes: _Optional[int] = ..., pair_lost: _Optional[bool] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...

@@ -22,10 +22,10 @@ from router.transport.worker_access import PLAIN, WorkerAccess, WorkerChannel
 
 SERVICE = "grokmoe.v1.Expert"
 
-_Answer = tuple[expert_pb2.ForwardResponse, torch.Tensor | None]
+Answer = tuple[expert_pb2.ForwardResponse, torch.Tensor | None]
 
 
-class _ExpertStream:
+class ExpertStream:
     """One lane to one expert worker: requests out in order, responses matched by id.
 
     An answer to a call that has been given up, a second one, and one to an id that was never used are discarded.
@@ -38,7 +38,7 @@ class _ExpertStream:
         self._rows: tensors.RowAssembler[expert_pb2.ForwardResponse] = tensors.RowAssembler(
             expert_pb2.ForwardResponse, "request_id", max_rows, width
         )
-        self._waiting: dict[int, asyncio.Future[_Answer]] = {}
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._next_id = 0
         self._writing = asyncio.Lock()
         self._writes: set[asyncio.Task[None]] = set()
@@ -46,16 +46,24 @@ class _ExpertStream:
         self.error: Unavailable | None = None
         self._reader = asyncio.ensure_future(self._read())
 
-    async def call(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor) -> _Answer:
+    async def call(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor | None) -> Answer:
+        """The answer to a request. rows_ND: None where its rows are not in its messages.
+
+        Raises Unavailable when the stream is over, CorruptReply for an answer that cannot be read.
+        """
         self._next_id += 1
         request_id = request.request_id = self._next_id
-        future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         try:
             if not self._write_now(request, rows_ND):
                 # A task of its own, because gRPC cancels a stream when one of its writes is cancelled: a caller that
                 # leaves in the middle of a large request must not take the other calls with it.
-                messages = tensors.encode_rows(request, rows_ND, "request_id")
+                messages = (
+                    [tensors.encode(request)]
+                    if rows_ND is None
+                    else tensors.encode_rows(request, rows_ND, "request_id")
+                )
                 write = asyncio.ensure_future(self._write(request_id, messages))
                 self._writes.add(write)
                 write.add_done_callback(self._writes.discard)
@@ -63,12 +71,14 @@ class _ExpertStream:
         finally:
             del self._waiting[request_id]
 
-    def _write_now(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor) -> bool:
+    def _write_now(self, request: expert_pb2.ForwardRequest, rows_ND: torch.Tensor | None) -> bool:
         """Saves the task where the request is one message and the stream takes it at once."""
-        if not self._stream.is_direct or self._writes or rows_ND.nbytes > tensors.MAX_CHUNK_BYTES:
+        if not self._stream.is_direct or self._writes:
             return False
-        if rows_ND.dtype not in (torch.float32, torch.bfloat16):
-            return False  # the other way says what is wrong
+        if rows_ND is not None and (
+            rows_ND.nbytes > tensors.MAX_CHUNK_BYTES or rows_ND.dtype not in (torch.float32, torch.bfloat16)
+        ):
+            return False  # of a type that cannot be sent the other way says so
         return self._stream.write_now(tensors.encode(request, rows_ND))
 
     async def _write(self, request_id: int, messages: Iterable[bytes]) -> None:
@@ -104,7 +114,7 @@ class _ExpertStream:
         finally:
             self._end(Unavailable("the stream was closed"))
 
-    def _settle(self, request_id: int, outcome: _Answer | CorruptReply) -> None:
+    def _settle(self, request_id: int, outcome: Answer | CorruptReply) -> None:
         future = self._waiting.get(request_id)
         if future is None or future.done():
             self.num_discarded += 1
@@ -133,7 +143,7 @@ class GrpcExpertLink:
     def __init__(self, address: str, access: WorkerAccess = PLAIN) -> None:
         self.address = address
         self._channel = access.open(address)
-        self._lanes: dict[int, _ExpertStream] = {}
+        self._lanes: dict[int, ExpertStream] = {}
         self._max_rows, self._width = ANY_ROWS, 0
         self._on_end: Callable[[str], None] = lambda why: None
 
@@ -168,20 +178,15 @@ class GrpcExpertLink:
         timeout: float | None = None,
     ) -> ExpertReply:
         """See ExpertLink."""
+        request = make_request(layer, expert_ids, counts, timeout)
+        return make_reply(await self.stream(lane).call(request, rows_ND), rows_ND)
+
+    def stream(self, lane: int) -> ExpertStream:
+        """The lane's stream; another one when the last is over."""
         stream = self._lanes.get(lane)
         if stream is None or stream.error is not None:
-            stream = self._lanes[lane] = _ExpertStream(self._channel, self._max_rows, self._width or None, self._on_end)
-        request = expert_pb2.ForwardRequest(
-            layer=layer, expert_ids=expert_ids, counts=counts, traceparents=traceparents()
-        )
-        if timeout is not None:
-            request.timeout_ms = max(1, int(timeout * 1000))
-        header, out_ND = await stream.call(request, rows_ND)
-        if header.HasField("failure"):
-            raise from_failure(header.failure)
-        if out_ND is None or out_ND.shape != rows_ND.shape or out_ND.dtype != rows_ND.dtype:
-            raise CorruptReply("the expert worker's answer does not have the shape of the request")
-        return ExpertReply(out_ND, header.queue_ns / 1e9, header.compute_ns / 1e9, header.revision, header.batch_rows)
+            stream = self._lanes[lane] = ExpertStream(self._channel, self._max_rows, self._width or None, self._on_end)
+        return stream
 
     async def load(self, config_hash: str, experts: Sequence[ExpertLayers], timeout: float) -> Loaded:
         """See ExpertLink."""
@@ -215,6 +220,26 @@ class GrpcExpertLink:
         for stream in self._lanes.values():
             stream.cancel()
         await self._channel.close(None)
+
+
+def make_request(
+    layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], timeout: float | None
+) -> expert_pb2.ForwardRequest:
+    """A call in the traces that are open here. timeout: see ExpertLink.forward."""
+    request = expert_pb2.ForwardRequest(layer=layer, expert_ids=expert_ids, counts=counts, traceparents=traceparents())
+    if timeout is not None:
+        request.timeout_ms = max(1, int(timeout * 1000))
+    return request
+
+
+def make_reply(answer: Answer, rows_ND: torch.Tensor) -> ExpertReply:
+    """What the worker says, as ExpertLink.forward does."""
+    header, out_ND = answer
+    if header.HasField("failure"):
+        raise from_failure(header.failure)
+    if out_ND is None or out_ND.shape != rows_ND.shape or out_ND.dtype != rows_ND.dtype:
+        raise CorruptReply("the expert worker's answer does not have the shape of the request")
+    return ExpertReply(out_ND, header.queue_ns / 1e9, header.compute_ns / 1e9, header.revision, header.batch_rows)
 
 
 def _messages(experts: Iterable[ExpertLayers]) -> list[expert_pb2.ExpertRange]:

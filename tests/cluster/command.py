@@ -1,4 +1,4 @@
-"""The `grokmoe` command as a child process of a test."""
+"""The `grokmoe` command, or another program that says READY, as a child process of a test."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STOP_TIMEOUT = 60.0
 class Command:
     """A running command whose output is read line by line."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, module: str = "launcher") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", *arguments],
+            [sys.executable, "-m", module, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -67,9 +67,9 @@ class Command:
 
 
 @contextlib.contextmanager
-def running(*arguments: str) -> Iterator[Command]:
-    """Starts a command; kills it if the test leaves it running."""
-    command = Command(*arguments)
+def running(*arguments: str, module: str = "launcher") -> Iterator[Command]:
+    """Starts a command; kills it if the test leaves it running. module: what `python -m` runs."""
+    command = Command(*arguments, module=module)
     try:
         yield command
     finally:

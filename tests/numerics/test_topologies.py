@@ -11,7 +11,7 @@ import torch
 
 from router.engine import Engine
 from tests import goldens
-from tests.topologies import Setup, fused, greedy, processes, request, run, split
+from tests.topologies import Setup, fused, fused_remote, greedy, processes, request, run, split
 
 TOLERANCE = 1e-4
 NUM_TOKENS = 16
@@ -54,6 +54,23 @@ def test_split(num_experts: int, together: bool) -> None:
     asyncio.run(check_all(split, setup, "seed", not together))
 
 
+@pytest.mark.parametrize("transport", ["grpc", "gloo"])
+@pytest.mark.parametrize("topology", [fused_remote, split])
+def test_rows_beside_the_streams(topology: Topology, transport: str) -> None:
+    """Which way rows travel changes nothing; with gloo, most of them do go by it."""
+
+    async def go() -> tuple[float, float]:
+        setup = Setup(goldens.DIRECTORY, num_experts=2, lanes=2, expert_transport=transport)
+        async with topology(setup) as engine:
+            for _ in range(2):  # the first round is over before pairs are open
+                await asyncio.gather(*(check_prompt(engine, "seed", prompt) for prompt in goldens.PROMPTS))
+            return engine.metrics.pair_calls._value.get(), engine.metrics.pair_losses._value.get()
+
+    calls, losses = asyncio.run(go())
+    assert losses == 0
+    assert calls > 50 if transport == "gloo" else calls == 0
+
+
 def test_split_xai() -> None:
     asyncio.run(check_all(split, Setup(goldens.DIRECTORY, variant="xai"), "xai", False))
 
@@ -90,8 +107,10 @@ def test_preemption_changes_nothing() -> None:
 
 
 @pytest.mark.cluster
-def test_processes() -> None:
-    asyncio.run(check_all(processes, Setup(goldens.DIRECTORY, num_experts=2), "seed", False))
+@pytest.mark.parametrize("transport", ["grpc", "gloo"])
+def test_processes(transport: str) -> None:
+    setup = Setup(goldens.DIRECTORY, num_experts=2, expert_transport=transport)
+    asyncio.run(check_all(processes, setup, "seed", False))
 
 
 @pytest.mark.parametrize("prompt", ["len1", "len2", "len7", "len33"])

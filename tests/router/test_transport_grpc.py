@@ -256,8 +256,16 @@ class SlowExperts:
         self._go_on = threading.Event()
 
     def hold(self) -> None:
+        """Returns when the device is at it: what waits from now on are calls."""
+        begun = threading.Event()
+
+        def wait() -> None:
+            begun.set()
+            self._go_on.wait(10)
+
         self._go_on.clear()
-        self.device.post(lambda: self._go_on.wait(10))
+        self.device.post(wait)
+        begun.wait(10)
 
     def release(self) -> None:
         self._go_on.set()
