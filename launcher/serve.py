@@ -61,8 +61,6 @@ class ServeSettings(SecuritySettings, LogSettings, RemoteExpertSettings, LimitSe
     def __post_init__(self) -> None:
         super().__post_init__()
         RemoteExpertSettings.__post_init__(self)
-        if self.experts and self.expert_dtype != SAME:
-            raise ConfigError(f"expert_dtype is {self.expert_dtype}: expert workers have their own")
         if self.openai and not self.is_open:
             raise ConfigError("openai: the gateway has neither TLS nor a token for the server behind it")
         check_port("port", self.port)
@@ -103,6 +101,8 @@ async def serve(settings: ServeSettings) -> None:
     """Loads the model and serves until a signal comes. Raises StartupError."""
     log_to_stderr(settings, "serve")
     port = settings.port
+    if settings.experts and settings.expert_dtype != SAME:
+        raise ConfigError(f"expert_dtype is {settings.expert_dtype}: expert workers have their own")
     if settings.openai:
         check_can_start(settings.model)
         port = port or free_port(settings.host)  # the gateway must know it

@@ -142,6 +142,7 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "port": st.integers(0, 65535),
     "metrics_port": st.integers(-1, 65535),
     "openai_port": st.integers(0, 65535),
+    "pair_port": st.integers(0, 65535),
     "health_listen": st.sampled_from(["", "127.0.0.1:0", "unix:/a b/health.sock"]),
     "tls_certificate": st.just(""),
     "tls_key": st.just(""),
