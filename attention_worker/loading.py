@@ -10,6 +10,7 @@ import torch
 from attention_worker.config import AttentionWorkerSettings, parse_layers
 from attention_worker.engine import AttentionEngine, AttentionEngineSettings, num_pages_in
 from attention_worker.weights import load_weights, row_counts
+from grokmoe import checkpoint_part
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
@@ -36,7 +37,7 @@ def _load(
     if not settings.model:
         raise ConfigError("model is missing: the directory of a checkpoint")
     dtype, torch_device = getattr(torch, settings.dtype), _device(settings.device)
-    with Checkpoint.open(settings.model, settings.variant) as checkpoint:
+    with Checkpoint.open(settings.model, settings.variant, checkpoint_part.attention) as checkpoint:
         config = checkpoint.config
         held = parse_layers(settings.layers, config.num_layers)
         weights = load_weights(checkpoint, dtype, torch_device, settings.deterministic, held)

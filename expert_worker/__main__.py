@@ -16,11 +16,14 @@ from expert_worker.engine import ExpertEngine
 from expert_worker.experts import ExpertSet
 from expert_worker.loader import ExpertLoader
 from expert_worker.service import ExpertService
+from grokmoe import checkpoint_part
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
 from grokmoe.expert_ranges import ranges_of, size_of
 from grokmoe.expert_spec import describe_ranges, parse_experts
+from grokmoe.expert_units import slice_of
+from grokmoe.model_config import ModelConfig
 from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import ExpertMetrics, new_registry
@@ -62,7 +65,12 @@ async def serve(worker: ExpertWorkerSettings, server: ServerSettings) -> None:
     """Opens the checkpoint and serves until a signal comes. Raises StartupError."""
     if not worker.model:
         raise ConfigError("model is missing: the directory of a checkpoint")
-    with Checkpoint.open(worker.model, worker.variant) as checkpoint:
+
+    def needed(config: ModelConfig) -> set[tuple[int, int]]:
+        held = parse_experts(worker.experts, config.num_experts, config.num_layers)
+        return {(layer, slice_of(unit)[0]) for layer, units in held.items() for unit in units}
+
+    with Checkpoint.open(worker.model, worker.variant, checkpoint_part.experts(needed)) as checkpoint:
         await _serve(worker, server, checkpoint)
 
 

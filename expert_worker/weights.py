@@ -66,7 +66,7 @@ def load_layer(
         expert, index, num_slices = slice_of(unit)
         for linear in tensor_names.EXPERT_LINEARS:
             name = tensor_names.expert(layer, expert, linear)
-            rows, columns = (slice(0, size) for size in checkpoint.tensors[name].shape)
+            rows, columns = (slice(0, size) for size in checkpoint.source(name).shape)
             if linear == "linear_1":
                 columns = _part(columns.stop, index, num_slices)
             else:
@@ -88,12 +88,9 @@ def _read(
     is_stopping: Callable[[], bool],
 ) -> torch.Tensor:
     """A part of one matrix, piece by piece. Mapped no longer than it is copied, so none of its pages stay with us."""
-    num_columns = columns.stop - columns.start
-    step = max(1, PIECE_BYTES // (num_columns * dtype.itemsize))
-    weight = torch.empty(rows.stop - rows.start, num_columns, dtype=dtype)
-    for begin in range(rows.start, rows.stop, step):
+    weight = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
+    for place, piece in checkpoint.pieces(name, PIECE_BYTES, dtype, rows, columns):
         if is_stopping():
             raise Cancelled("stopped while loading")
-        piece = slice(begin, min(begin + step, rows.stop))
-        weight[piece.start - rows.start : piece.stop - rows.start] = checkpoint.read(name, dtype, piece, columns)
+        weight[place] = piece
     return weight

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from grokmoe import tensor_names as names
 from grokmoe.checkpoint import Checkpoint
-from grokmoe.safetensors_header import StoredTensor
+from grokmoe.layouts import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CheckpointSummary:
     parts: "embedding", "attention", "gate", "experts", "norms" and, untied, "head" -> size over all layers.
     experts: expert id -> size over all layers.
     dtypes: stored type -> number of parameters in it.
-    files: file name -> bytes on disk.
+    files: file name -> bytes on disk. layout: its name, for people.
     """
 
     total: Size
@@ -36,6 +36,7 @@ class CheckpointSummary:
     experts: dict[int, Size]
     dtypes: dict[str, int]
     files: dict[str, int]
+    layout: str
     num_layers: int
     tied: bool
     config_hash: str
@@ -43,8 +44,8 @@ class CheckpointSummary:
 
 def summary(checkpoint: Checkpoint) -> CheckpointSummary:
     """Sums up an open checkpoint from its headers; reads no tensor."""
-    by_part: dict[str, list[StoredTensor]] = {}
-    by_expert: dict[int, list[StoredTensor]] = {}
+    by_part: dict[str, list[Source]] = {}
+    by_expert: dict[int, list[Source]] = {}
     dtypes: Counter[str] = Counter()
     for spec in names.expected(checkpoint.config):
         tensor = checkpoint.tensors[spec.name]
@@ -59,16 +60,17 @@ def summary(checkpoint: Checkpoint) -> CheckpointSummary:
         experts={expert_id: _size(tensors) for expert_id, tensors in by_expert.items()},
         dtypes=dict(dtypes),
         files={path.name: path.stat().st_size for path in checkpoint.files},
+        layout=checkpoint.layout,
         num_layers=checkpoint.config.num_layers,
         tied=checkpoint.config.tie_word_embeddings,
         config_hash=checkpoint.config.content_hash,
     )
 
 
-def _size(tensors: Iterable[StoredTensor]) -> Size:
+def _size(tensors: Iterable[Source]) -> Size:
     listed = list(tensors)
     return Size(
         tensors=len(listed),
         parameters=sum(math.prod(tensor.shape) for tensor in listed),
-        bytes=sum(tensor.end - tensor.begin for tensor in listed),
+        bytes=sum(tensor.num_bytes for tensor in listed),
     )

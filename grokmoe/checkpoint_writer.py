@@ -1,4 +1,4 @@
-"""Writes checkpoints in the layout `grokmoe.checkpoint` reads: tensors given, or random ones for tests and benchmarks.
+"""Writes checkpoints in safetensors under our names: tensors given, or random ones for tests and benchmarks.
 
 A file of tensors is written piece by piece, so that a model of any size needs little memory. `config.json` comes last:
 a directory that has it is whole.
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from grokmoe import tensor_names as names
-from grokmoe.checkpoint import INDEX_FILE, SINGLE_FILE, TORCH_DTYPES
 from grokmoe.errors import CheckpointError
+from grokmoe.layouts.safetensors_files import INDEX_FILE, SINGLE_FILE
+from grokmoe.layouts.source import TORCH_DTYPES
 from grokmoe.model_config import ModelConfig
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -146,7 +147,7 @@ def _shards(entries: Mapping[str, _Entry], max_shard_bytes: int | None) -> Seque
 
 
 def _write_tensors(path: Path, entries: Mapping[str, _Entry]) -> None:
-    """One safetensors file (the layout: `grokmoe.safetensors_header`)."""
+    """One safetensors file (the form: `grokmoe.layouts.safetensors_header`)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, entry in entries.items():

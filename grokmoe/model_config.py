@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grokmoe.config_keys import KeyReader
+from grokmoe.config_keys import KeyReader, read_json_object
 from grokmoe.errors import ConfigError
 
 
@@ -238,14 +238,7 @@ class ModelConfig:
         """Reads `config.json`, given its path or its directory."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not readable as JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: must hold a JSON object, holds {type(raw).__name__}")
+        raw = read_json_object(path)
         try:
             return cls.from_dict(raw, variant)
         except ConfigError as error:

@@ -1,7 +1,6 @@
 """The names of a checkpoint's tensors and the shape each must have; no other module puts such a name together.
 
-Canonical names are those of docs/numerics.md. A norm's gain is canonically `.scale`; `canonical` maps the other
-spelling, `.weight`, onto it.
+Canonical names are those of docs/numerics.md. What others call the tensors is in `grokmoe.layouts`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ EXPERT_LINEARS: tuple[ExpertLinear, ...] = ("linear", "linear_v", "linear_1")
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"model\.layers\.\d{1,9}\.moe_block\.experts\.(\d{1,9})\.")
-_NORM_WEIGHT = re.compile(rf"(model\.norm|model\.layers\.\d+\.(?:{'|'.join(NORMS)}))\.weight")
+_GATE = re.compile(r"model\.layers\.\d{1,9}\.moe_block\.gate\.weight")
 
 
 def embed() -> str:
@@ -62,10 +61,9 @@ def expert(layer: int, expert_id: int, linear: ExpertLinear) -> str:
     return f"model.layers.{layer}.moe_block.experts.{expert_id}.{linear}.weight"
 
 
-def canonical(name: str) -> str:
-    """The canonical spelling of a name found in a file."""
-    match = _NORM_WEIGHT.fullmatch(name)
-    return f"{match[1]}.scale" if match else name
+def is_gate(name: str) -> bool:
+    """Whether it is a router's matrix."""
+    return _GATE.fullmatch(name) is not None
 
 
 def is_ignorable(name: str, config: ModelConfig) -> bool:

@@ -15,9 +15,9 @@ from types import TracebackType
 from attention_worker.config import AttentionWorkerSettings
 from expert_worker.config import ExpertWorkerSettings
 from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
+from grokmoe.checkpoint import read_config
 from grokmoe.errors import ConfigError
 from grokmoe.logs import LogSettings, log_to_stderr, say
-from grokmoe.model_config import ModelConfig
 from grokmoe.pairs import BACKENDS
 from grokmoe.security import SecuritySettings
 from grokmoe.server import ServerSettings, check_port, stop_signal
@@ -103,7 +103,7 @@ class Cluster:
 
     def _plan(self) -> tuple[list[RoleProcess], RoleProcess]:
         s = self.settings
-        config = ModelConfig.from_file(s.model)
+        config = read_config(Path(s.model))[1]
         common = {"model": str(Path(s.model).resolve()), "variant": s.variant, "dtype": s.dtype}
         worker = {**common, "deterministic": s.deterministic, "traces": s.traces}
         workers = []

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from prometheus_client import CollectorRegistry
 
+from grokmoe import checkpoint_part
 from grokmoe import tensor_names as names
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
@@ -49,7 +50,7 @@ class RouterModel:
 def load_model(settings: RouterSettings) -> RouterModel:
     """Reads config, gates and tokenizer. Raises StartupError."""
     directory = Path(settings.model)
-    with Checkpoint.open(directory, settings.variant) as checkpoint:
+    with Checkpoint.open(directory, settings.variant, checkpoint_part.router) as checkpoint:
         config = checkpoint.config
         gates = [checkpoint.read(names.gate(layer), torch.float32) for layer in range(config.num_layers)]
     tokenizer = Tokenizer.from_directory(directory)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 import grokmoe
+from grokmoe.checkpoint import read_config
 from router.engine import Engine
 from router.worker_state import WorkerState
 
@@ -31,7 +31,7 @@ class ServedModel:
     @classmethod
     def read(cls, name: str, dtype: str, directory: Path) -> ServedModel:
         """From a checkpoint's directory, which has been loaded: its config.json is known to be good."""
-        raw = json.loads((directory / "config.json").read_text())
+        raw, _ = read_config(directory)
         return cls(
             name,
             dtype,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grokmoe.checkpoint import INDEX_FILE, Checkpoint
+from grokmoe.checkpoint import Checkpoint
+from grokmoe.layouts.safetensors_files import INDEX_FILE
 from grokmoe.model_config import TINY
 from launcher.__main__ import main
 

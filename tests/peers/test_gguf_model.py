@@ -16,6 +16,7 @@ from benchmarks.peers.child import PeerFailed
 from grokmoe import tensor_names as names
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.checkpoint_writer import random_checkpoint
+from grokmoe.layouts import gguf_names
 from grokmoe.model_config import BENCH, GROK1, TINY
 
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
@@ -23,12 +24,12 @@ UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 
 @pytest.mark.parametrize("config", [UNTIED, BENCH], ids=["tiny", "bench"])
 def test_every_tensor_is_used_once(config):
-    used = [source for tensor in gguf_model.tensors(config) for source in tensor.sources]
+    used = [source for tensor in gguf_names.tensors(config) for source in tensor.ours]
     assert sorted(used) == sorted(spec.name for spec in names.expected(config))
 
 
 def test_a_tied_head_is_written_as_a_tensor_of_its_own():
-    by_name = {tensor.name: tensor.sources for tensor in gguf_model.tensors(GROK1)}
+    by_name = {tensor.name: tensor.ours for tensor in gguf_names.tensors(GROK1)}
     assert by_name["output.weight"] == by_name["token_embd.weight"] == (names.embed(),)
     assert len(by_name) == 3 + 64 * (4 + 4 + 1 + 3)
 
@@ -36,10 +37,10 @@ def test_a_tied_head_is_written_as_a_tensor_of_its_own():
 def test_names_and_shapes_of_a_layer():
     shapes = {spec.name: spec.shape for spec in names.expected(UNTIED)}
     found = {}
-    for tensor in gguf_model.tensors(UNTIED):
-        assert len({shapes[source] for source in tensor.sources}) == 1
-        stack = (len(tensor.sources),) if tensor.is_stacked else ()
-        found[tensor.name] = ((*stack, *shapes[tensor.sources[0]]), tensor.is_float32)
+    for tensor in gguf_names.tensors(UNTIED):
+        assert len({shapes[source] for source in tensor.ours}) == 1
+        stack = (len(tensor.ours),) if tensor.is_stacked else ()
+        found[tensor.name] = ((*stack, *shapes[tensor.ours[0]]), tensor.is_float32)
     layer = {name.removeprefix("blk.1."): each for name, each in found.items() if name.startswith("blk.1.")}
     assert layer == {
         "attn_norm.weight": ((64,), True),
@@ -60,7 +61,7 @@ def test_names_and_shapes_of_a_layer():
 
 
 def test_the_head_says_what_the_config_says():
-    fields = gguf_model.fields(BENCH)
+    fields = gguf_names.fields(BENCH)
     assert fields["attention.head_count_kv"] == 2
     assert fields["attention.output_scale"] == 128**-0.5
     assert fields["expert_used_count"] == 2
@@ -92,11 +93,11 @@ def test_the_file_holds_the_checkpoint(tmp_path: Path, kind: str):
     path = gguf_model.convert(tmp_path / "model", kind, tmp_path)
     reader = gguf.GGUFReader(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    assert list(stored) == [tensor.name for tensor in gguf_model.tensors(UNTIED)]
+    assert list(stored) == [tensor.name for tensor in gguf_names.tensors(UNTIED)]
     assert len(reader.get_field("tokenizer.ggml.tokens").data) == UNTIED.vocab_size
     with Checkpoint.open(tmp_path / "model") as checkpoint:
-        for tensor in gguf_model.tensors(UNTIED):
-            parts = [checkpoint.read(source, torch.float32) for source in tensor.sources]
+        for tensor in gguf_names.tensors(UNTIED):
+            parts = [checkpoint.read(source, torch.float32) for source in tensor.ours]
             expected = (torch.stack(parts) if tensor.is_stacked else parts[0]).numpy()
             found = stored[tensor.name]
             values = gguf.quants.dequantize(found.data, found.tensor_type).reshape(expected.shape)

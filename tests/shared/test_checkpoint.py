@@ -4,17 +4,20 @@ import dataclasses
 import json
 import mmap
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grokmoe import checkpoint as checkpoint_module
+from grokmoe import checkpoint_part
 from grokmoe import tensor_names as names
-from grokmoe.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from grokmoe.checkpoint import Checkpoint
 from grokmoe.checkpoint_summary import summary
 from grokmoe.checkpoint_writer import random_checkpoint, write_checkpoint
 from grokmoe.errors import CheckpointError, ConfigError
+from grokmoe.layouts import mapped_file
+from grokmoe.layouts.safetensors_files import INDEX_FILE, SINGLE_FILE
 from grokmoe.model_config import GROK1, TINY
 from grokmoe.reference import reference_logits
 from tests import goldens
@@ -170,6 +173,15 @@ def test_inv_freq_is_ignored(copy):
         assert not any("inv_freq" in name for name in checkpoint.tensors)
 
 
+def test_biases_of_zeros_are_skipped(copy):
+    """GPTQ's tools add them to matrices that have none."""
+    directory = copy()
+    expected = read_all(directory)
+    biases = {name.removesuffix("weight") + "bias": torch.zeros(8) for name in expected if name.endswith(".weight")}
+    rewrite(directory, lambda tensors: tensors.update(biases))
+    assert same(read_all(directory), expected)
+
+
 # --- what is touched
 
 
@@ -183,7 +195,7 @@ def mapped_ranges(monkeypatch):
             ranges.append((options["offset"], length))
             return super().__new__(cls, descriptor, length, **options)
 
-    monkeypatch.setattr(checkpoint_module.mmap, "mmap", Recorder)
+    monkeypatch.setattr(mapped_file.mmap, "mmap", Recorder)
     return ranges
 
 
@@ -237,6 +249,76 @@ def test_a_file_cut_after_opening_is_an_error_and_no_crash(copy):
     assert_names(str(raised.value), last, directory / SINGLE_FILE, "expected", "found")
 
 
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_a_file_put_in_its_place_is_an_error_and_no_mixture(copy, originals, kind):
+    directory = copy(kind)
+    with Checkpoint.open(directory) as checkpoint:
+        path = checkpoint.tensors[EXPERT].path
+        shutil.copy(path, directory / "copy")
+        (directory / "copy").replace(path)
+        with pytest.raises(CheckpointError, match="changed or put in its place"):
+            checkpoint.read(EXPERT)
+        path.unlink()
+        with pytest.raises(CheckpointError, match="No such file"):
+            checkpoint.read(EXPERT)
+
+
+def test_no_file_is_kept_open(originals):
+    """A checkpoint in a file per layer and expert has more of them than a process may open."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with Checkpoint.open(originals / "sharded") as checkpoint:
+        checkpoint.read(EXPERT)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_pieces_make_the_tensor(originals):
+    with Checkpoint.open(originals / "single") as checkpoint:
+        whole = checkpoint.read(EXPERT, torch.float32)
+        for max_bytes, lengths in ((1, [1] * 8), (3 * 64, [3, 3, 2]), (10**6, [8])):
+            pieces = list(checkpoint.pieces(EXPERT, max_bytes, torch.float32))
+            assert [len(piece) for _, piece in pieces] == lengths
+            assert torch.equal(torch.cat([piece for _, piece in pieces]), whole)
+            assert all(torch.equal(whole[rows], piece) for rows, piece in pieces)
+
+
+# --- what is there, and what may be missing
+
+
+def test_a_part_needs_no_other_files(copy):
+    directory = copy("sharded")
+    index = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
+    expected = read_all(directory)
+    mine = checkpoint_part.experts(lambda config: {(1, 2)})
+    kept = {index[name] for name in index if mine(CONFIG)(name)}
+    for path in directory.glob("*.safetensors"):
+        if path.name not in kept:
+            path.unlink()
+    with Checkpoint.open(directory, part=mine) as checkpoint:
+        assert torch.equal(checkpoint.read(EXPERT), expected[EXPERT])
+        assert set(checkpoint.tensors) == {name for name in index if index[name] in kept}
+        with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight.*expected its file, found none"):
+            checkpoint.read(names.embed())
+    for part in (checkpoint_part.whole, checkpoint_part.router, checkpoint_part.attention):
+        with pytest.raises(CheckpointError, match="expected the shard"):
+            Checkpoint.open(directory, part=part)
+
+
+def test_parts_have_everything_once():
+    expected = {spec.name for spec in names.expected(UNTIED)}
+    parts = [
+        {name for name in expected if part(UNTIED)(name)}
+        for part in (
+            checkpoint_part.router,
+            checkpoint_part.attention,
+            checkpoint_part.experts(lambda config: {(0, 0), (0, 1), (0, 2)}),
+            checkpoint_part.experts(lambda config: {(1, 0), (1, 1), (1, 2)}),
+        )
+    ]
+    assert sorted(name for part in parts for name in part) == sorted(expected)
+    assert parts[0] == {names.gate(0), names.gate(1)}
+    assert parts[2] == {names.expert(0, e, linear) for e in range(3) for linear in names.EXPERT_LINEARS}
+
+
 # --- what can be wrong with the tensors
 
 
@@ -256,7 +338,19 @@ WRONG_TENSORS = {
     "missing norm": (removed("model.norm.scale"), "model.norm.scale", "[16]", "no such tensor"),
     "missing embedding": (removed(names.embed()), names.embed(), "[32, 16]", "no such tensor"),
     "surplus": (replaced("model.extra", torch.ones(3)), "model.extra", "no tensor", "F32 [3]"),
-    "bias": (replaced(BIAS, torch.ones(3)), BIAS, "no tensor", "F32 [3]"),
+    "bias": (
+        replaced(BIAS, torch.eye(3)[2]),
+        BIAS,
+        "no tensor of this name, or one of zeros",
+        "F32 [3] with other values",
+    ),
+    "bias of integers": (replaced(BIAS, torch.zeros(3, dtype=torch.int32)), BIAS, "no tensor", "I32 [3]"),
+    "bias of nothing": (
+        replaced("model.layers.0.attn.bias", torch.zeros(3)),
+        "model.layers.0.attn.bias",
+        "no tensor",
+        "",
+    ),
     "transposed": (replaced(EXPERT, torch.ones(16, 8)), EXPERT, "[8, 16] (intermediate_size", "[16, 8]"),
     "too many dimensions": (replaced(EXPERT, torch.ones(1, 8, 16)), EXPERT, "[8, 16]", "[1, 8, 16]"),
     "scalar": (replaced("model.norm.scale", torch.tensor(1.0)), "model.norm.scale", "[16]", "shape []"),

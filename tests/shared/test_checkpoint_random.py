@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from grokmoe import tensor_names as names
-from grokmoe.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from grokmoe.checkpoint import Checkpoint
 from grokmoe.checkpoint_writer import random_checkpoint, random_rows, write_checkpoint
 from grokmoe.errors import CheckpointError
+from grokmoe.layouts.safetensors_files import INDEX_FILE, SINGLE_FILE
 from grokmoe.model_config import BENCH, TINY
 
 SPECS = {spec.name: spec for spec in names.expected(TINY)}

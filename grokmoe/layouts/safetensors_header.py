@@ -6,42 +6,18 @@ Tensors lie end to end: a gap, an overlap or bytes left over mean that the file 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from grokmoe.errors import CheckpointError
+from grokmoe.layouts.mapped_file import MappedFile, file_error, tensor_error
+from grokmoe.layouts.source import StoredRows
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per element of the types whose size is checked against the shape; others are let through unchecked here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: bytes [begin, end) of the file at `path`. `stored_name` is its spelling there."""
-
-    stored_name: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def tensor_error(name: str, path: Path, expected: object, found: object) -> CheckpointError:
-    """The one form of a complaint about a tensor."""
-    return CheckpointError(f"tensor {name} in {path}: expected {expected}, found {found}")
-
-
-def file_error(path: Path, expected: object, found: object) -> CheckpointError:
-    """The one form of a complaint about a file as a whole."""
-    return CheckpointError(f"{path}: expected {expected}, found {found}")
 
 
 def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -53,12 +29,12 @@ def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_header(file: BinaryIO, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of an open file by their stored names, in the order of the header.
+def read_header(file: BinaryIO, mapped: MappedFile) -> dict[str, StoredRows]:
+    """The tensors of a file by their stored names, in the order of the header.
 
-    Raises CheckpointError naming the file, and the tensor where there is one.
+    file: `mapped`, open. Raises CheckpointError naming the file, and the tensor where there is one.
     """
-    file_size = os.fstat(file.fileno()).st_size
+    path, file_size = mapped.path, mapped.size
     prefix = file.read(8)
     if len(prefix) < 8:
         raise file_error(path, "a safetensors file of at least 8 bytes", f"{file_size} bytes (truncated)")
@@ -76,8 +52,8 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, StoredTensor]:
         raise file_error(path, "a header that is a JSON object", type(header).__name__)
     header.pop("__metadata__", None)
     start = 8 + header_size
-    tensors = {name: _parse(name, entry, path, start, file_size) for name, entry in header.items()}
-    _check_layout(tensors, path, start, file_size)
+    tensors = {name: _parse(name, entry, mapped, start) for name, entry in header.items()}
+    _check_layout(tensors, mapped, start)
     return tensors
 
 
@@ -85,7 +61,8 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _parse(name: str, entry: Any, path: Path, start: int, file_size: int) -> StoredTensor:
+def _parse(name: str, entry: Any, mapped: MappedFile, start: int) -> StoredRows:
+    path = mapped.path
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if (
@@ -96,16 +73,16 @@ def _parse(name: str, entry: Any, path: Path, start: int, file_size: int) -> Sto
     ):
         raise tensor_error(name, path, "dtype, shape and two ascending data_offsets in the header", entry)
     begin, end = start + offsets[0], start + offsets[1]
-    if end > file_size:
-        raise tensor_error(name, path, f"a file of at least {end} bytes", f"{file_size} bytes (truncated)")
+    if end > mapped.size:
+        raise tensor_error(name, path, f"a file of at least {end} bytes", f"{mapped.size} bytes (truncated)")
     if dtype in ITEM_SIZE and math.prod(shape) * ITEM_SIZE[dtype] != end - begin:
         needed = math.prod(shape) * ITEM_SIZE[dtype]
         raise tensor_error(name, path, f"{needed} bytes for {dtype} {shape}", f"{end - begin} bytes")
-    return StoredTensor(name, path, dtype, tuple(shape), begin, end)
+    return StoredRows(name, path, dtype, tuple(shape), end - begin, mapped, begin)
 
 
-def _check_layout(tensors: dict[str, StoredTensor], path: Path, start: int, file_size: int) -> None:
-    at = start
+def _check_layout(tensors: dict[str, StoredRows], mapped: MappedFile, start: int) -> None:
+    path, at = mapped.path, start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin != at:
             what = "overlaps another tensor" if tensor.begin < at else "follows a gap"
@@ -116,5 +93,5 @@ def _check_layout(tensors: dict[str, StoredTensor], path: Path, start: int, file
                 f"data at byte {tensor.begin}, which {what}",
             )
         at = tensor.end
-    if at != file_size:
-        raise file_error(path, f"{at} bytes, where the last tensor ends", f"{file_size} bytes")
+    if at != mapped.size:
+        raise file_error(path, f"{at} bytes, where the last tensor ends", f"{mapped.size} bytes")
