@@ -37,7 +37,8 @@ def _load(
     if not settings.model:
         raise ConfigError("model is missing: the directory of a checkpoint")
     dtype, torch_device = getattr(torch, settings.dtype), _device(settings.device)
-    with Checkpoint.open(settings.model, settings.variant, checkpoint_part.attention) as checkpoint:
+    part = checkpoint_part.attention(lambda config: parse_layers(settings.layers, config.num_layers))
+    with Checkpoint.open(settings.model, settings.variant, part) as checkpoint:
         config = checkpoint.config
         held = parse_layers(settings.layers, config.num_layers)
         weights = load_weights(checkpoint, dtype, torch_device, settings.deterministic, held)

@@ -24,9 +24,27 @@ def router(config: ModelConfig) -> Needs:
     return names.is_gate
 
 
-def attention(config: ModelConfig) -> Needs:
-    """What an attention worker reads: all but gates and experts."""
-    return lambda name: not names.is_gate(name) and names.expert_of(name) is None
+def attention(layers: Callable[[ModelConfig], range]) -> Part:
+    """What an attention worker reads: all but gates and experts, of its layers in a row and of the ends it has."""
+
+    def part(config: ModelConfig) -> Needs:
+        held = layers(config)
+        ends = {names.embed()} if held.start == 0 else set()
+        if held.stop == config.num_layers:
+            ends |= {names.final_norm(), names.head(config)}
+
+        def needs(name: str) -> bool:
+            of_layer = names.layer_of(name) in held and not names.is_gate(name) and names.expert_of(name) is None
+            return of_layer or name in ends
+
+        return needs
+
+    return part
+
+
+def all_layers(config: ModelConfig) -> range:
+    """The layers of a worker that has them all."""
+    return range(config.num_layers)
 
 
 def experts(cells: Callable[[ModelConfig], Collection[tuple[int, int]]]) -> Part:

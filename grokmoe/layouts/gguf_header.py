@@ -2,7 +2,7 @@
 
 A file is: magic, version, number of tensors, number of fields; fields (name, type, value); tensors (name, sizes with
 the innermost first, type, offset); padding; data. Source: ggml's docs/gguf.md. The `gguf` package reads the same, but
-does not come back from a file that is cut off within an array.
+believes the lengths that a file claims (docs/decisions/0016-checkpoints-of-others.md).
 """
 
 from __future__ import annotations
@@ -108,14 +108,21 @@ class _Reader:
         return GgufHeader(fields, tensors)
 
     def _take(self, size: int) -> bytes:
-        """The next bytes. Every loop over what a file claims to have comes by here, so it ends with the file."""
+        self._check(size)
+        return self._file.read(size)
+
+    def _check(self, size: int) -> None:
+        """That so many bytes follow. Every loop over what a file claims to have comes by here, so it ends with it."""
         at = self._file.tell()
         if at + size > self._mapped.size:
             found = f"{self._mapped.size} bytes (truncated)"
             raise file_error(self._mapped.path, f"a GGUF file of at least {at + size} bytes", found)
         if at + size > MAX_HEADER_BYTES:
             raise file_error(self._mapped.path, f"a header of at most {MAX_HEADER_BYTES} bytes", "a longer one")
-        return self._file.read(size)
+
+    def _skip(self, size: int) -> None:
+        self._check(size)
+        self._file.seek(size, 1)
 
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]
@@ -134,10 +141,10 @@ class _Reader:
             raise file_error(self._mapped.path, "a field of a type of GGUF's", f"type {kind}")
         item, length = self._number("<I"), self._number("<Q")
         if item in _SCALARS:
-            self._take(length * struct.calcsize(_SCALARS[item]))
+            self._skip(length * struct.calcsize(_SCALARS[item]))
         elif item == _STRING:
             for _ in range(length):
-                self._take(self._number("<Q"))
+                self._skip(self._number("<Q"))
         else:
             raise file_error(self._mapped.path, "an array of numbers or strings", f"one of type {item}")
         return length

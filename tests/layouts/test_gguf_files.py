@@ -100,6 +100,9 @@ def test_rows_are_those_of_the_gguf_package(originals: Path, kind: str) -> None:
                 assert torch.equal(checkpoint.read(name, torch.float32), wanted), name
                 for rows in (slice(0, 0), slice(3, 8), slice(60, None)):
                     assert torch.equal(checkpoint.read(name, torch.float32, rows), wanted[rows])
+                    if wanted.dim() == 2:
+                        found = checkpoint.read(name, torch.float32, rows, slice(5, 40))
+                        assert torch.equal(found, wanted[rows, 5:40])
 
 
 @pytest.mark.parametrize("kind", sorted(kind.name for kind in TYPES.values() if kind.elements > 1))

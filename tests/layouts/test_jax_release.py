@@ -70,6 +70,8 @@ def test_rows_and_pieces(original: Path) -> None:
             whole = checkpoint.read(name, torch.float32)
             for rows in (slice(2, 3), slice(0, 0), slice(1, None), slice(3, 99)):
                 assert torch.equal(checkpoint.read(name, torch.float32, rows), whole[rows])
+                for columns in (slice(0, 0), slice(1, 3), slice(2, 7), slice(None)):
+                    assert torch.equal(checkpoint.read(name, torch.float32, rows, columns), whole[rows, columns])
             assert torch.equal(torch.cat([piece.float() for _, piece in checkpoint.pieces(name, 1)]), whole)
 
 

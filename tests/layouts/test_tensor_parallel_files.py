@@ -47,6 +47,8 @@ def test_parts_are_joined_and_read_row_by_row(originals: Path) -> None:
             name = names.expert(1, 2, linear)
             for rows in (slice(0, 0), slice(5, 40), slice(16, 32), slice(15, 17), slice(63, None)):
                 assert torch.equal(checkpoint.read(name, rows=rows), expected[name][rows])
+                for columns in (slice(0, 0), slice(3, 60), slice(16, 32), slice(15, 17)):
+                    assert torch.equal(checkpoint.read(name, rows=rows, columns=columns), expected[name][rows, columns])
             assert checkpoint.tensors[name].num_bytes == 64 * 64 * 2
 
 

@@ -298,9 +298,17 @@ def test_a_part_needs_no_other_files(copy):
         assert set(checkpoint.tensors) == {name for name in index if index[name] in kept}
         with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight.*expected its file, found none"):
             checkpoint.read(names.embed())
-    for part in (checkpoint_part.whole, checkpoint_part.router, checkpoint_part.attention):
+    everything = checkpoint_part.attention(checkpoint_part.all_layers)
+    for part in (checkpoint_part.whole, checkpoint_part.router, everything):
         with pytest.raises(CheckpointError, match="expected the shard"):
             Checkpoint.open(directory, part=part)
+
+
+def test_the_last_stage_of_a_tied_model_needs_the_embedding():
+    for layers, needed in ((range(1), True), (range(1, 2), True), (range(2), True)):
+        assert checkpoint_part.attention(lambda config, layers=layers: layers)(CONFIG)(names.embed()) == needed
+    middle = dataclasses.replace(CONFIG, num_layers=3)
+    assert not checkpoint_part.attention(lambda config: range(1, 2))(middle)(names.embed())
 
 
 def test_parts_have_everything_once():
@@ -309,14 +317,17 @@ def test_parts_have_everything_once():
         {name for name in expected if part(UNTIED)(name)}
         for part in (
             checkpoint_part.router,
-            checkpoint_part.attention,
+            checkpoint_part.attention(lambda config: range(1)),
+            checkpoint_part.attention(lambda config: range(1, 2)),
             checkpoint_part.experts(lambda config: {(0, 0), (0, 1), (0, 2)}),
             checkpoint_part.experts(lambda config: {(1, 0), (1, 1), (1, 2)}),
         )
     ]
     assert sorted(name for part in parts for name in part) == sorted(expected)
     assert parts[0] == {names.gate(0), names.gate(1)}
-    assert parts[2] == {names.expert(0, e, linear) for e in range(3) for linear in names.EXPERT_LINEARS}
+    assert names.embed() in parts[1]
+    assert {names.final_norm(), "lm_head.weight"} <= parts[2]
+    assert parts[3] == {names.expert(0, e, linear) for e in range(3) for linear in names.EXPERT_LINEARS}
 
 
 # --- what can be wrong with the tensors
