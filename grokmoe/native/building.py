@@ -36,3 +36,9 @@ def instruction(builder: Any, name: str, result: Any, operands: list[Any]) -> An
     module = builder.module
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     return builder.call(module.globals.get(name) or ir.Function(module, kind, name), operands)
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Has a line of memory brought into the second cache, to be read."""
+    reading, second_cache, data = (ir.Constant(ir.IntType(32), value) for value in (0, 2, 1))
+    instruction(builder, "llvm.prefetch.p0", ir.VoidType(), [address, reading, second_cache, data])

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from grokmoe.native.building import at, for_each_count, instruction
+from grokmoe.native.building import at, for_each_count, instruction, prefetch
 
 PANEL = 32
 """Outputs of a panel: two registers of float32."""
@@ -31,6 +31,10 @@ MOST_ROWS = 12
 
 UNROLL = 4
 """Pairs of inputs per turn of the loop; a row has a multiple of twice as many."""
+
+AHEAD = 8192
+"""Bytes of a panel that are asked for before they are needed. The CPU's own prefetching stops at the end of a page, and
+with some rows a page lasts too short for it to get going again (docs/log.md)."""
 
 _INSTRUCTION = "llvm.x86.avx512bf16.dpbf16ps.512"
 
@@ -87,6 +91,7 @@ def _pass(builder: Any, num_rows: int, block: Any, panel: Any, num_pairs: Any, o
     for step in range(UNROLL):
         current = builder.add(pair, ir.Constant(_INT64, step))
         weights = [_weights(builder, panel, current, half) for half in range(2)]
+        _fetch(builder, panel, current)
         words = builder.add(block, builder.mul(current, ir.Constant(_INT64, 4 * num_rows)))
         for row, halves in enumerate(sums):
             inputs = _broadcast(builder, words, 4 * row)
@@ -108,6 +113,14 @@ def _pass(builder: Any, num_rows: int, block: Any, panel: Any, num_pairs: Any, o
 def _weights(builder: Any, panel: Any, pair: Any, half: int) -> Any:
     address = builder.add(panel, builder.mul(pair, ir.Constant(_INT64, 4 * PANEL)))
     return builder.bitcast(builder.load(at(builder, address, 64 * half, _WORDS), align=64), _PAIRS)
+
+
+def _fetch(builder: Any, panel: Any, pair: Any) -> None:
+    """Has the weights of a later pair brought into the second cache. Behind the last panel that may be nobody's memory,
+    which a prefetch may name."""
+    address = builder.add(panel, builder.mul(pair, ir.Constant(_INT64, 4 * PANEL)))
+    for half in range(2):
+        prefetch(builder, at(builder, address, AHEAD + 64 * half, ir.IntType(8)))
 
 
 def _broadcast(builder: Any, words: Any, offset: int) -> Any:
