@@ -20,6 +20,7 @@ from attention_worker.lease import new_incarnation
 from attention_worker.logit_rows import LogitRows
 from attention_worker.model import Forward, Model
 from attention_worker.plan_check import PlanCheck
+from attention_worker.recorded_steps import Fill, RecordedSteps, can_be_recorded
 from attention_worker.stages import StageClock, no_time
 from attention_worker.step_batch import StepBatch
 from attention_worker.step_output import step_result
@@ -44,6 +45,8 @@ class AttentionEngineSettings:
     num_pages: int
     page_size: int
     max_step_tokens: int
+    enforce_eager: bool = False
+    """Whether decode steps are never programs, see `recorded_steps`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +55,14 @@ class MoeInput:
 
     layer: int
     x_TD: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _StepRecording:
+    """A step that could be a program, as a batch, and all programs."""
+
+    steps: RecordedSteps
+    batch: StepBatch
 
 
 class StepRun:
@@ -68,12 +79,16 @@ class StepRun:
         first_layer: int,
         metrics: AttentionMetrics,
         clock: StageClock,
+        recording: _StepRecording | None = None,
     ) -> None:
-        """rows: what the logits are of; None: the forward ends with the residual."""
+        """rows: what the logits are of; None: the forward ends with the residual. recording: None: a step that is not
+        to be recorded."""
+        self._recording = recording
         self._forward, self._plan, self._rows, self._metrics = forward, plan, rows, metrics
         self._clock, self.stages_ns = clock, no_time()
         self._layer = first_layer - 1
         self._x_TD: torch.Tensor | None = None
+        self._is_trial = False
         self._expected: tuple[torch.Size, torch.dtype] | None = None
 
     @torch.inference_mode()
@@ -98,6 +113,27 @@ class StepRun:
         self._x_TD, self._expected = x_TD, (x_TD.shape, x_TD.dtype)
         return MoeInput(self._layer, x_TD)
 
+    @torch.inference_mode()
+    def replay(self, fill: Fill) -> StepResult | None:
+        """Computes the step whole if there is a program for it; else it is to be advanced, and may become one.
+
+        fill: records the MoE of a layer.
+        """
+        if self._recording is None:
+            return None
+        begin = time.perf_counter()
+        computed = self._recording.steps.run(self._recording.batch)
+        if computed is None:
+            self._recording.steps.try_out(self._recording.batch, fill)
+            self._is_trial = True
+            return None
+        self._clock.begin(self.stages_ns)
+        self.stages_ns |= computed.spent_ns
+        self._x_TD = computed.x_TD
+        result = self._finish(computed.logits_TV)
+        self._metrics.compute_time.observe(time.perf_counter() - begin)
+        return result
+
     @property
     def incarnation(self) -> str:
         """The one whose pages the step uses."""
@@ -111,6 +147,9 @@ class StepRun:
         if result.faulty_chunks:
             logger.error("%d of %d chunks of a step are not finite", len(result.faulty_chunks), len(chunks))
         self._clock.lap("sample")
+        if self._is_trial and not result.faulty_chunks:  # NaN is not equal to itself
+            assert self._recording is not None
+            self._recording.steps.judge(last)
         self._metrics.steps.labels("ok").inc()
         self._metrics.tokens.inc(sum(len(chunk.token_ids) for chunk in chunks))
         return result
@@ -137,7 +176,7 @@ def _result(
 class AttentionEngine:
     """One attention worker's model, cache and device thread.
 
-    held: the numbers of the layers that it computes.
+    held: the numbers of the layers that it computes. recorded: programs of decode steps, if there can be any.
     """
 
     def __init__(
@@ -151,7 +190,7 @@ class AttentionEngine:
         self.config, self.settings, self.device = config, settings, device
         self.dtype, self.torch_device, self.held = weights.dtype, weights.device, weights.held
         self.metrics = metrics
-        self._cache = KVCache(
+        self.cache = KVCache(
             len(self.held),
             settings.num_pages,
             settings.page_size,
@@ -160,9 +199,13 @@ class AttentionEngine:
             self.dtype,
             self.torch_device,
         )
-        metrics.kv_bytes.set(self._cache.bytes)
+        metrics.kv_bytes.set(self.cache.bytes)
         metrics.queue.set_function(lambda: device.num_waiting)
-        self._model = Model(config, weights, self._cache)
+        self._model = Model(config, weights, self.cache)
+        self.recorded: RecordedSteps | None = None
+        if self._model.can_be_recorded and not settings.enforce_eager:
+            max_pages = -(-config.context_length // settings.page_size)
+            self.recorded = RecordedSteps(self._model, max_pages, self.held.start)
         self._check = PlanCheck(
             config, self.held, new_incarnation(), settings.num_pages, settings.page_size, settings.max_step_tokens
         )
@@ -182,7 +225,7 @@ class AttentionEngine:
         hidden_TD = None
         if self.held.start:
             hidden_TD = torch.zeros(sum(len(chunk.token_ids) for chunk in chunks), self.config.hidden_size)
-        forward = self._forward(chunks, rows, hidden_TD)
+        forward = self._forward(StepBatch.build(chunks, self.settings.page_size), rows, hidden_TD)
         x_TD = next(forward)
         try:
             while True:
@@ -213,19 +256,21 @@ class AttentionEngine:
         except Exception:
             self.metrics.steps.labels("refused").inc()
             raise
-        rows = self._logit_rows(plan.chunks)
-        forward = self._forward(plan.chunks, rows, plan.hidden_state)
-        return StepRun(forward, plan, rows, self.held.start, self.metrics, self._model.clock)
+        rows, batch = self._logit_rows(plan.chunks), StepBatch.build(plan.chunks, self.settings.page_size)
+        forward = self._forward(batch, rows, plan.hidden_state)
+        recording = None
+        if self.recorded is not None and can_be_recorded(plan.chunks):
+            batch.check_pages(self.settings.num_pages)
+            recording = _StepRecording(self.recorded, batch)
+        return StepRun(forward, plan, rows, self.held.start, self.metrics, self._model.clock, recording)
 
     def _logit_rows(self, chunks: Sequence[SequenceChunk]) -> LogitRows | None:
         """None where the head is another stage's, and with it whatever is asked for of the logits."""
         return LogitRows.of(chunks) if self.held.stop == self.config.num_layers else None
 
-    def _forward(
-        self, chunks: Sequence[SequenceChunk], rows: LogitRows | None, hidden_TD: torch.Tensor | None
-    ) -> Forward:
+    def _forward(self, batch: StepBatch, rows: LogitRows | None, hidden_TD: torch.Tensor | None) -> Forward:
         step_rows_R = torch.tensor(() if rows is None else rows.step_rows_R, dtype=torch.int64)
-        return self._model.forward(StepBatch.build(chunks, self.settings.page_size), step_rows_R, hidden_TD)
+        return self._model.forward(batch, step_rows_R, hidden_TD)
 
 
 def num_pages_in(config: ModelConfig, num_layers: int, dtype: torch.dtype, page_size: int, gib: float) -> int:

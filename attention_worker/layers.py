@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from attention_worker.row_passes import rows_of
+
 
 def rms_norm(x: torch.Tensor, gain_D: torch.Tensor, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
     """gain * x / sqrt(mean(x^2) + eps) over the last dimension, in float32; x's shape, in `dtype` or x's own."""
@@ -36,12 +38,12 @@ class Rope:
         frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angle = torch.arange(max_positions, dtype=torch.float32)[:, None, None] * frequency
         cos, sin = angle.cos(), angle.sin()
-        self._cos_P1d = torch.cat((cos, cos), dim=-1).to(device)
-        self._sin_P1d = torch.cat((-sin, sin), dim=-1).to(device)
+        self._cos_Pd = torch.cat((cos, cos), dim=-1)[:, 0].to(device)
+        self._sin_Pd = torch.cat((-sin, sin), dim=-1)[:, 0].to(device)
 
     def angles(self, positions_T: torch.Tensor) -> Rotation:
         """The rotations of these positions. IndexError (on a CPU) if one is not in the table."""
-        return Rotation(self._cos_P1d.index_select(0, positions_T), self._sin_P1d.index_select(0, positions_T))
+        return Rotation(rows_of(self._cos_Pd, positions_T)[:, None], rows_of(self._sin_Pd, positions_T)[:, None])
 
     @staticmethod
     def rotate(x_THd: torch.Tensor, rotation: Rotation) -> torch.Tensor:

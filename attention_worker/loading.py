@@ -19,19 +19,27 @@ from grokmoe.telemetry import AttentionMetrics
 logger = logging.getLogger(__name__)
 
 
-def load_engine(settings: AttentionWorkerSettings, metrics: AttentionMetrics, device: DeviceThread) -> AttentionEngine:
+def load_engine(
+    settings: AttentionWorkerSettings, metrics: AttentionMetrics, device: DeviceThread, enforce_eager: bool = False
+) -> AttentionEngine:
     """Reads this role's slice of the checkpoint and allocates the KV pages. Raises StartupError.
+
+    enforce_eager: see AttentionEngineSettings.
 
     All of it happens on the device thread. Torch keeps a team of threads for every thread that computes; one team for
     the caller's thread as well would spin on the device thread's cores, so the caller's is reduced to itself.
     """
     num_threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)
-    return device.call(_load, settings, metrics, device, num_threads)
+    return device.call(_load, settings, metrics, device, num_threads, enforce_eager)
 
 
 def _load(
-    settings: AttentionWorkerSettings, metrics: AttentionMetrics, device: DeviceThread, num_threads: int
+    settings: AttentionWorkerSettings,
+    metrics: AttentionMetrics,
+    device: DeviceThread,
+    num_threads: int,
+    enforce_eager: bool,
 ) -> AttentionEngine:
     torch.set_num_threads(num_threads)
     if not settings.model:
@@ -45,7 +53,7 @@ def _load(
     if settings.deterministic:
         logger.info("deterministic; row counts of products: %s", row_counts(weights))
     num_pages = settings.num_pages or num_pages_in(config, len(held), dtype, settings.page_size, settings.kv_gib)
-    sizes = AttentionEngineSettings(num_pages, settings.page_size, settings.max_step_tokens)
+    sizes = AttentionEngineSettings(num_pages, settings.page_size, settings.max_step_tokens, enforce_eager)
     engine = AttentionEngine(config, weights, sizes, metrics, device)
     engine.warm_up()
     return engine

@@ -17,7 +17,7 @@ import torch
 from attention_worker.device_kernels import select_kernels
 from attention_worker.kv_cache import KVCache
 from attention_worker.layers import Rope, Rotation
-from attention_worker.row_passes import scaled
+from attention_worker.row_passes import rows_of, scaled, times
 from attention_worker.stages import StageClock
 from attention_worker.step_batch import StepBatch
 from attention_worker.weights import AttentionWeights, LayerWeights
@@ -41,6 +41,15 @@ class Model:
         self._rope = Rope(config.head_dim, config.context_length, config.rope_base, device)
         self._kernels = select_kernels(device, weights.deterministic)
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether the forward of decodes is loops alone (`grokmoe.recording`), from tokens to logits."""
+        weights = self._weights
+        products = [product for layer in weights.layers for product in (layer.qkv, layer.o_proj)]
+        if weights.embedding_VD is None or weights.head is None:
+            return False
+        return self._device.type == "cpu" and all(product.is_loops for product in (*products, weights.head))
+
     def forward(self, batch: StepBatch, logit_rows_R: torch.Tensor, hidden_TD: torch.Tensor | None = None) -> Forward:
         """One step. logit_rows_R: rows of the step whose logits are wanted; there may be none.
 
@@ -58,7 +67,9 @@ class Model:
             self._add(h_TD, moe_TD.to(self._device), layer.post_moe_norm_D)
         if self._weights.head is None:
             return h_TD.to(_HOLE)
-        return self._logits(h_TD.index_select(0, logit_rows_R.to(self._device)))
+        if len(logit_rows_R) < len(h_TD):  # else they are all of them
+            h_TD = h_TD.index_select(0, logit_rows_R.to(self._device))
+        return self._logits(h_TD)
 
     def _norm(self, h_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
         """From the residual to the input of a block, in the model's type."""
@@ -85,7 +96,7 @@ class Model:
         to bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
         embedding_VD = self._weights.embedding_VD
         assert embedding_VD is not None, "checked: only a plan for the first layer comes without a hidden state"
-        return embedding_VD.index_select(0, token_ids_T).float() * self._config.embedding_multiplier
+        return rows_of(embedding_VD, token_ids_T, self._config.embedding_multiplier)
 
     def _attend(
         self, index: int, layer: LayerWeights, x_TD: torch.Tensor, rotation: Rotation, batch: StepBatch
@@ -99,7 +110,7 @@ class Model:
         self.clock.lap("attention")
         out_TD = layer.o_proj(out_THd.view(len(x_TD), config.query_size))
         if config.attention_output_scale != 1.0:
-            out_TD = out_TD * config.attention_output_scale
+            out_TD = times(out_TD, config.attention_output_scale)
         self.clock.lap("out")
         return out_TD
 

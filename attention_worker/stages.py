@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 
+from grokmoe.recording import current
+
 STAGES = ("embed", "norm", "qkv", "attention", "out", "head", "sample")
 """embed: rows of the embedding, angles of the rotation. norm: all norms and additions to the residual. qkv: the three
 projections, one product. attention: rotation, writing to pages, scores and values. out: one product. head: the product
@@ -34,7 +36,10 @@ class StageClock:
         self._last = time.perf_counter_ns()
 
     def lap(self, stage: str) -> None:
-        """What was computed since the last lap, or since `begin`, was this stage."""
+        """What was computed since the last lap, or since `begin`, was this stage. So it is of what is recorded."""
+        if (recording := current()) is not None:
+            recording.lap(stage)
+            return
         now = time.perf_counter_ns()
         self._spent_ns[stage] += now - self._last
         self._last = now

@@ -105,7 +105,8 @@ def quantised(weights: Sequence[Weights]) -> Mlp:
         expert.down.put(down_DF)
         experts.append(expert)
     ffn_size = weights[0][0].shape[0]
-    return lambda rows_ND, counts: cpu_int8.expert_mlp(rows_ND, counts, experts, ffn_size, Gelu.ERF)
+    tables = cpu_int8.tables_of(experts)
+    return lambda rows_ND, counts: cpu_int8.expert_mlp(rows_ND, torch.tensor(counts), tables, ffn_size, Gelu.ERF)
 
 
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:

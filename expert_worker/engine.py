@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import threading
 import time
 from collections import deque
@@ -14,9 +15,10 @@ import torch
 
 from expert_worker.experts import ExpertCall, ExpertSet
 from expert_worker.joining import RowsByExpert, join
-from expert_worker.layers import LayerWeights
+from expert_worker.layers import CountedLayer, LayerWeights
 from grokmoe.device_thread import DeviceThread
 from grokmoe.expert_units import FIRST_SLICE, describe_unit
+from grokmoe.recording import current
 from grokmoe.telemetry import ExpertMetrics
 
 
@@ -65,6 +67,7 @@ class ExpertEngine:
         self._max_batch_rows = max_batch_rows
         self._waiting: deque[_Call] = deque()
         self._lock = threading.Lock()
+        self._rows_of = functools.cache(lambda unit: metrics.rows.labels(_name_of(unit)))
         metrics.queue.set_function(lambda: len(self._waiting))
 
     def forward(
@@ -76,6 +79,29 @@ class ExpertEngine:
         compute_ns = time.monotonic_ns() - began
         self._observe(1, RowsByExpert(expert_ids, counts, rows_ND), compute_ns)
         return ExpertResult(out_ND, 0, compute_ns, len(rows_ND))
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether `record` can be used, now and later: the experts of a process that has them on board stay."""
+        return all(isinstance(weights, CountedLayer) for weights in self.experts.layers)
+
+    def record(self, layer: int, counts_E: torch.Tensor, rows_ND: torch.Tensor) -> torch.Tensor:
+        """The same while loops are recorded. All experts of the layer must be held.
+
+        counts_E: rows of every expert, int64, read when the loops run. Returns rows_ND, new.
+        """
+        recording, weights = current(), self.experts.layers[layer]
+        assert recording is not None
+        assert isinstance(weights, CountedLayer)
+        out_ND = weights.forward_counted(rows_ND, counts_E)
+        num_layers = self.experts.config.num_layers
+
+        def observe(spent_ns: dict[str, int]) -> None:
+            rows = RowsByExpert(weights.expert_ids, counts_E.tolist(), rows_ND)
+            self._observe(1, rows, spent_ns.get("expert", 0) // num_layers)  # a layer's own is not known
+
+        recording.after.append(observe)
+        return out_ND
 
     def submit(self, call: ExpertCall) -> asyncio.Future[ExpertResult]:
         """Queues one call. The future belongs to the running event loop; cancel it to drop a call not yet begun."""
@@ -134,7 +160,11 @@ class ExpertEngine:
         metrics.compute_time.observe(compute_ns / 1e9)
         for unit, count in zip(rows.expert_ids, rows.counts, strict=True):
             if count:
-                metrics.rows.labels(str(unit) if unit < FIRST_SLICE else describe_unit(unit)).inc(count)
+                self._rows_of(unit).inc(count)
+
+
+def _name_of(unit: int) -> str:
+    return str(unit) if unit < FIRST_SLICE else describe_unit(unit)
 
 
 def _hand_over(future: asyncio.Future[ExpertResult], outcome: ExpertResult | BaseException) -> None:

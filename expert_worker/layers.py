@@ -77,6 +77,21 @@ class LayerWeights(Layer):
         return self._compute(rows_ND.to(self.device), counts_E).to(rows_ND.device)
 
 
+class CountedLayer(LayerWeights):
+    """For kernels of compiled loops alone: what they compute can be recorded (`grokmoe.recording`)."""
+
+    @abc.abstractmethod
+    def forward_counted(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """rows_ND: sorted by expert. counts_E: int64, rows of each of `expert_ids`; read when the loops run.
+
+        Returns: out_ND, new.
+        """
+
+    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+        assert sum(counts_E) == len(rows_ND), f"counts sum to {sum(counts_E)}, there are {len(rows_ND)} rows"
+        return self.forward_counted(rows_ND, torch.tensor(counts_E))
+
+
 class PackedLayer(LayerWeights):
     """For a CPU: every matrix in oneDNN's own layout."""
 
@@ -109,7 +124,7 @@ class PackedLayer(LayerWeights):
         return cpu.expert_mlp(rows_ND, counts_E, self._experts_E, self._gelu)
 
 
-class PanelLayer(LayerWeights):
+class PanelLayer(CountedLayer):
     """For a CPU that multiplies bfloat16 by panels (`grokmoe.panels`): always deterministic."""
 
     def __init__(
@@ -141,12 +156,13 @@ class PanelLayer(LayerWeights):
         self._panels_E[index][linear] = to_panels(weight)
         self._note_addresses(index)
 
-    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+    def forward_counted(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """See CountedLayer."""
         config = self._config
         return cpu_panels.expert_mlp(rows_ND, counts_E, self._addresses_E3, config.intermediate_size, config.gelu)
 
 
-class QuantisedLayer(LayerWeights):
+class QuantisedLayer(CountedLayer):
     """For a CPU, with weights in int8 (`kernels/cpu_int8.py`): always deterministic."""
 
     def __init__(
@@ -159,6 +175,7 @@ class QuantisedLayer(LayerWeights):
         super().__init__(dtype, torch.device("cpu"), tuple(experts))
         self._config = config
         self._experts_E = list(experts.values())
+        self._tables = cpu_int8.tables_of(self._experts_E)
 
     def resized(self, expert_ids: Sequence[int]) -> QuantisedLayer:
         """See LayerWeights. Experts that stay are shared."""
@@ -177,9 +194,10 @@ class QuantisedLayer(LayerWeights):
         else:
             quantised.gate_up.put(weight, cpu_int8.GATE if linear == "linear" else cpu_int8.UP)
 
-    def _compute(self, rows_ND: torch.Tensor, counts_E: Sequence[int]) -> torch.Tensor:
+    def forward_counted(self, rows_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """See CountedLayer."""
         config = self._config
-        return cpu_int8.expert_mlp(rows_ND, counts_E, self._experts_E, config.intermediate_size, config.gelu)
+        return cpu_int8.expert_mlp(rows_ND, counts_E, self._tables, config.intermediate_size, config.gelu)
 
 
 StackedKernel = Callable[[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor, Gelu], torch.Tensor]

@@ -23,6 +23,10 @@ class Linear(Protocol):
     def row_counts(self) -> tuple[int, ...]:
         """The row counts it computes with, ascending; empty: all of them."""
 
+    @property
+    def is_loops(self) -> bool:
+        """Whether it computes by compiled loops alone, which can be recorded (`grokmoe.recording`)."""
+
     def __call__(self, x_NI: torch.Tensor) -> torch.Tensor:
         """x_NI -> y_NO, new."""
 

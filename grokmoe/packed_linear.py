@@ -63,6 +63,8 @@ class PackedLinear:
 
     __slots__ = ("_is_packed", "_row_counts", "_weight", "dtype", "in_features", "out_features")
 
+    is_loops = False
+
     def __init__(self, weight_OI: torch.Tensor, deterministic: bool = False) -> None:
         """weight_OI: as in the checkpoint, in the type to compute in.
 

@@ -70,12 +70,15 @@ def pack_block(x_NW: Any, first: int, num: int, packed_W: Any) -> None:
 
 @loop(grain=1)
 def _pack(element: Any) -> Any:
-    """x_NI -> its blocks, section by section."""
+    """x_NI -> its blocks, section by section: a unit is a block."""
 
     @entry
     def run(params: Any) -> None:
-        size, N, W, S = params[0], params[2], params[3], params[4]
+        N, W, S = params[2], params[3], params[4]
         counts_S = array(np.int64, params[5], (S,))
+        size = 0
+        for section in range(S):
+            size += num_blocks(counts_S[section])
         x_NW, packed = array(np.uint32, params[6], (N, W)), array(np.uint32, params[7], (N * W,))
         section, past, row = 0, 0, 0
         unit = take(params, 1)
@@ -130,16 +133,16 @@ def num_groups(num_rows: int, num_in: int) -> int:
 def pack_blocks(x_NI: torch.Tensor, counts_S: torch.Tensor) -> torch.Tensor:
     """The same rows in blocks, new; no block holds rows of two sections.
 
-    counts_S: int64, rows of each section, zero allowed. Returns: as many elements, in the order of the kernel.
+    counts_S: int64, rows of each section, zero allowed; read when the loop runs. Returns: as many elements, in the
+    kernel's order.
     """
     num_rows, num_in = x_NI.shape
     if num_rows == 1:
         return x_NI.contiguous()
     blocks = torch.empty_like(x_NI, memory_format=torch.contiguous_format)
-    size = sum(map(num_blocks.py_func, counts_S.tolist()))
     _pack(
-        x_NI.dtype, size, 0, num_rows, num_in // 2, len(counts_S), counts_S, x_NI.contiguous(), blocks,
-        grain=max(1, WORDS_PER_10_US // (num_in // 2 * MOST_ROWS)),
+        x_NI.dtype, math.ceil(num_rows / MOST_ROWS), 0, num_rows, num_in // 2, len(counts_S), counts_S,
+        x_NI.contiguous(), blocks, grain=max(1, WORDS_PER_10_US // (num_in // 2 * MOST_ROWS)),
     )  # fmt: skip
     return blocks
 
@@ -151,6 +154,8 @@ class PanelLinear:
     """
 
     __slots__ = ("dtype", "in_features", "out_features", "panels")
+
+    is_loops = True
 
     def __init__(self, weight_OI: torch.Tensor) -> None:
         """weight_OI: as in the checkpoint; see `can_use_panels`."""

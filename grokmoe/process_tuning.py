@@ -1,4 +1,4 @@
-"""What a computing process sets before it loads torch: how long threads spin, how much oneDNN remembers, large pages."""
+"""What a computing process sets before it loads torch: how threads spin, how much oneDNN remembers, large pages."""
 
 from __future__ import annotations
 

@@ -54,6 +54,7 @@ class ServeSettings(SecuritySettings, LogSettings, RemoteExpertSettings, LimitSe
     page_size: int = setting(32, "positions per KV page")
     kv_gib: float = setting(1.0, "memory for KV pages in GiB")
     deterministic: bool = setting(False, "the same bits whatever else is computed beside, in bfloat16 too")
+    enforce_eager: bool = setting(False, "compute every decode step loop by loop, none as a recorded program")
     openai: bool = setting(False, "serve the OpenAI HTTP API too, by a gateway in a process of its own")
     openai_port: int = setting(DEFAULT_OPENAI_PORT, "port of the OpenAI HTTP API; 0: any free one")
     exit_on_stdin_eof: bool = setting(False, "end when standard input closes, so that no child outlives its parent")
@@ -83,6 +84,19 @@ def describe(engine: AttentionEngine) -> AttentionInfo:
     )
 
 
+class ExpertsOnBoard:
+    """The experts of this process as the router calls them, where their loops can be recorded."""
+
+    def __init__(self, engine: ExpertEngine) -> None:
+        self._engine, self.record = engine, engine.record
+
+    def __call__(
+        self, layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor
+    ) -> torch.Tensor:
+        """See LocalExperts."""
+        return self._engine.forward(layer, expert_ids, counts, rows_ND).rows_ND
+
+
 def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertMetrics) -> LocalExperts:
     """All experts of the model, to be called on the device thread, which also packs them."""
     with Checkpoint.open(settings.model, settings.variant) as checkpoint:
@@ -94,6 +108,8 @@ def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertM
         )
         device.call(expert_weights.load, experts, checkpoint)
     engine = ExpertEngine(experts, metrics, device)
+    if engine.can_be_recorded:
+        return ExpertsOnBoard(engine)
     return lambda layer, expert_ids, counts, rows_ND: engine.forward(layer, expert_ids, counts, rows_ND).rows_ND
 
 
@@ -126,6 +142,7 @@ async def serve(settings: ServeSettings) -> None:
         ),
         AttentionMetrics(registry),
         DeviceThread(),
+        settings.enforce_eager,
     )
     link = LocalAttentionLink(attention, describe(attention))
     experts: LocalExperts | list[ExpertLink] = [expert_link(address) for address in addresses]

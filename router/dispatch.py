@@ -34,13 +34,19 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class DispatchPlan:
-    """Where every row goes (`shards`) and how to undo it (the rest, for `combine` only)."""
+class RowOrder:
+    """Where every row comes from, and how to undo it: for `gather` and `combine` only."""
 
-    shards: tuple[Shard, ...]
     token_of_row_N: torch.Tensor
     row_of_rank_TK: torch.Tensor
     weights_TK: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DispatchPlan(RowOrder):
+    """The same, and where every row goes."""
+
+    shards: tuple[Shard, ...]
 
 
 def plan(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, worker_of_expert: Sequence[int]) -> DispatchPlan:
@@ -53,20 +59,25 @@ def plan(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, worker_of_expert
     slot_of_expert = [0] * num_experts
     for slot, expert in enumerate(by_worker):
         slot_of_expert[expert] = slot
+    order, counts_E = sort(expert_ids_TK, weights_TK, torch.tensor(slot_of_expert))
+    shards = _shards(by_worker, counts_E.tolist(), worker_of_expert)
+    return DispatchPlan(order.token_of_row_N, order.row_of_rank_TK, order.weights_TK, shards)
+
+
+def sort(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, slot_E: torch.Tensor) -> tuple[RowOrder, torch.Tensor]:
+    """The rows in the order of their experts' slots, and counts_E by slot. Loops alone: it may be recorded.
+
+    slot_E: int64, a permutation.
+    """
     num_tokens, num_ranks = expert_ids_TK.shape
     token_of_row_N = torch.empty(num_tokens * num_ranks, dtype=torch.int64)
     row_of_rank_TK = torch.empty(num_tokens, num_ranks, dtype=torch.int64)
-    counts_E = torch.empty(num_experts, dtype=torch.int64)
+    counts_E = torch.empty(len(slot_E), dtype=torch.int64)
     row_loops.plan(
-        torch.float32, 1, num_tokens, num_ranks, num_experts,
-        expert_ids_TK.contiguous(), torch.tensor(slot_of_expert), counts_E, token_of_row_N, row_of_rank_TK,
+        torch.float32, 1, num_tokens, num_ranks, len(slot_E),
+        expert_ids_TK.contiguous(), slot_E, counts_E, token_of_row_N, row_of_rank_TK,
     )  # fmt: skip
-    return DispatchPlan(
-        shards=_shards(by_worker, counts_E.tolist(), worker_of_expert),
-        token_of_row_N=token_of_row_N,
-        row_of_rank_TK=row_of_rank_TK,
-        weights_TK=weights_TK,
-    )
+    return RowOrder(token_of_row_N, row_of_rank_TK, weights_TK), counts_E
 
 
 def _shards(by_worker: list[int], counts: list[int], worker_of_expert: Sequence[int]) -> tuple[Shard, ...]:
@@ -105,20 +116,23 @@ def reassign(shard: Shard, worker_of_expert: Sequence[int]) -> tuple[Shard, ...]
     return tuple(shards)
 
 
-def gather(plan: DispatchPlan, x_TD: torch.Tensor) -> torch.Tensor:
-    """Copies every token's row once per chosen expert, in the order of the plan. Returns rows_ND."""
-    return x_TD.index_select(0, plan.token_of_row_N)
+def gather(order: RowOrder, x_TD: torch.Tensor) -> torch.Tensor:
+    """Copies every token's row once per chosen expert, in order. Returns rows_ND."""
+    num_rows, (num_tokens, width) = len(order.token_of_row_N), x_TD.shape
+    rows_ND = torch.empty(num_rows, width, dtype=x_TD.dtype)
+    row_loops.gather(x_TD.dtype, num_rows, num_tokens, width, x_TD.contiguous(), order.token_of_row_N, rows_ND)
+    return rows_ND
 
 
-def combine(plan: DispatchPlan, rows_ND: torch.Tensor) -> torch.Tensor:
+def combine(order: RowOrder, rows_ND: torch.Tensor) -> torch.Tensor:
     """Weights and sums the experts' rows of every token, rank by rank, in float32.
 
     rows_ND: one output row per gathered row, in the same order. Returns y_TD in the rows' type.
     """
-    num_tokens, num_ranks = plan.row_of_rank_TK.shape
+    num_tokens, num_ranks = order.row_of_rank_TK.shape
     y_TD = torch.empty(num_tokens, rows_ND.shape[1], dtype=rows_ND.dtype)
     row_loops.combine(
         rows_ND.dtype, num_tokens, num_ranks, rows_ND.shape[1],
-        rows_ND.contiguous(), y_TD, plan.row_of_rank_TK, plan.weights_TK.contiguous(),
+        rows_ND.contiguous(), y_TD, order.row_of_rank_TK, order.weights_TK.contiguous(),
     )  # fmt: skip
     return y_TD

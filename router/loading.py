@@ -27,7 +27,7 @@ from router.engine import Engine
 from router.experts import ExpertPool
 from router.fault_metrics import FaultCollector
 from router.legs import Legs
-from router.moe import Gates, LocalExperts, LocalMoe, RemoteMoe, RowCounter
+from router.moe import Gates, LocalExperts, LocalMoe, RecordableExperts, RemoteMoe, RowCounter
 from router.request_metrics import StragglerTime
 from router.service import GenerationService
 from router.step_traces import StepTraces
@@ -75,9 +75,10 @@ def build_engine(
     make_hole: MakeHole
     if callable(experts):
         local = experts
+        record_experts = experts.record if isinstance(experts, RecordableExperts) else None
 
         def make_hole(lane: int, legs: Legs, deadline: float | None) -> Hole:
-            return LocalMoe(config, model.gates, local, counter, legs)
+            return LocalMoe(config, model.gates, local, counter, legs, record_experts)
 
     else:
         pool = ExpertPool(

@@ -9,12 +9,14 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import InternalError
 from grokmoe.model_config import ModelConfig
+from grokmoe.recording import current
 from router import dispatch
 from router.experts import ExpertPool
 from router.experts.answers import RowsWithoutAnswer
@@ -31,6 +33,16 @@ into single rows at once. Every round costs as much as workers that failed take 
 
 LocalExperts = Callable[[int, tuple[int, ...], tuple[int, ...], torch.Tensor], torch.Tensor]
 """(layer, expert_ids, counts, rows_ND) -> rows_ND, on the caller's thread."""
+
+RecordExperts = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, counts_E, rows_ND) -> rows_ND, while loops are recorded (`grokmoe.recording`)."""
+
+
+@runtime_checkable
+class RecordableExperts(Protocol):
+    """LocalExperts that can also be called while loops are recorded."""
+
+    record: RecordExperts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +70,12 @@ class RowCounter:
             for expert, count in zip(shard.expert_ids, shard.counts, strict=True):
                 row[expert] += count
 
+    def add_counts(self, layer: int, counts_E: Sequence[int]) -> None:
+        """The same of a call whose rows were counted elsewhere."""
+        row = self.rows_LE[layer]
+        for expert, count in enumerate(counts_E):
+            row[expert] += count
+
     def by_expert(self) -> list[int]:
         """Rows per expert, all layers."""
         return [sum(column) for column in zip(*self.rows_LE, strict=True)]
@@ -66,7 +84,7 @@ class RowCounter:
 class RemoteMoe:
     """Fills holes with experts behind links. One instance per lane and step."""
 
-    is_local = False
+    is_local = can_be_recorded = False
 
     def __init__(
         self,
@@ -155,6 +173,8 @@ class RemoteMoe:
         """Never: the experts are elsewhere."""
         raise AssertionError("experts are remote")
 
+    record = fill_now
+
     def _scatter(
         self, layer: int, x_TD: torch.Tensor, workers: Sequence[int]
     ) -> tuple[dispatch.DispatchPlan, torch.Tensor]:
@@ -175,11 +195,23 @@ class LocalMoe:
     is_local = True
 
     def __init__(
-        self, config: ModelConfig, gates: Gates, experts: LocalExperts, counter: RowCounter, legs: Legs
+        self,
+        config: ModelConfig,
+        gates: Gates,
+        experts: LocalExperts,
+        counter: RowCounter,
+        legs: Legs,
+        record_experts: RecordExperts | None = None,
     ) -> None:
-        self._config, self._gates, self._experts = config, gates, experts
+        """record_experts: None: holes are not filled while loops are recorded."""
+        self._config, self._gates, self._experts, self._record_experts = config, gates, experts, record_experts
         self._counter, self._legs = counter, legs
         self._one_worker = [0] * config.num_experts
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether `record` can be used."""
+        return self._record_experts is not None
 
     async def fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Never: whoever has local experts calls `fill_now`."""
@@ -201,3 +233,20 @@ class LocalMoe:
             out_ND = self._experts(layer, shard.expert_ids, shard.counts, rows_ND)
         with legs.time("combine"):
             return dispatch.combine(plan, out_ND)
+
+    def record(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """`fill_now` while loops are recorded: experts and their rows are told apart by the loops themselves."""
+        recording, counter = current(), self._counter
+        assert recording is not None
+        assert self._record_experts is not None
+        weights_TK, expert_ids_TK = gate(x_TD, self._gates.per_layer[layer], self._config)
+        recording.lap("gate")
+        order, counts_E = dispatch.sort(expert_ids_TK, weights_TK, torch.arange(self._config.num_experts))
+        rows_ND = dispatch.gather(order, x_TD)
+        recording.lap("dispatch")
+        recording.after.append(lambda spent_ns: counter.add_counts(layer, counts_E.tolist()))
+        out_ND = self._record_experts(layer, counts_E, rows_ND)
+        recording.lap("expert")
+        y_TD = dispatch.combine(order, out_ND)
+        recording.lap("combine")
+        return y_TD

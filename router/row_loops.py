@@ -18,6 +18,7 @@ def compile_all(dtype: torch.dtype) -> None:
     """Makes the loops for a type of rows, so that the first step need not wait for it."""
     gate.compile(dtype)
     plan.compile(torch.float32)
+    gather.compile(dtype)
     combine.compile(dtype)
 
 
@@ -73,6 +74,9 @@ def plan(element: Any) -> Any:
 
     @entry
     def run(params: Any) -> None:
+        first, end = share(1)
+        if first == end:
+            return
         T, K, E = params[1], params[2], params[3]
         ids_N, slot_E = array(np.int64, params[4], (T * K,)), array(np.int64, params[5], (E,))
         counts_E, token_N = array(np.int64, params[6], (E,)), array(np.int64, params[7], (T * K,))
@@ -91,6 +95,23 @@ def plan(element: Any) -> Any:
             row_N[n] = next_E[slot]
             token_N[next_E[slot]] = n // K
             next_E[slot] += 1
+
+    return run
+
+
+@loop(grain=16)
+def gather(element: Any) -> Any:
+    """x_TD, token_of_row_N -> rows_ND."""
+
+    @entry
+    def run(params: Any) -> None:
+        N, T, D = params[0], params[1], params[2]
+        x_TD, token_N = array(element, params[3], (T, D)), array(np.int64, params[4], (N,))
+        rows_ND = array(element, params[5], (N, D))
+        first, end = share(N)
+        for row in range(first, end):
+            for i in range(D):
+                rows_ND[row, i] = x_TD[token_N[row], i]
 
     return run
 

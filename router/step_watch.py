@@ -104,7 +104,7 @@ class StepWatch:
 class WatchedHole:
     """A hole that tells a watch when the worker has answered, and when it is asked again."""
 
-    is_local = False
+    is_local = can_be_recorded = False
 
     def __init__(self, hole: Hole, watch: StepWatch) -> None:
         self._hole, self._watch = hole, watch
@@ -120,3 +120,5 @@ class WatchedHole:
     def fill_now(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Never: the experts are elsewhere."""
         raise AssertionError("experts are remote")
+
+    record = fill_now

@@ -81,59 +81,59 @@ class _Room(threading.local):
 _room = _Room()
 
 
+class Tables(NamedTuple):
+    """All experts of a layer as the loops find them: addresses of panels and scales, and panels as an example."""
+
+    gate_up_E2: torch.Tensor
+    down_E2: torch.Tensor
+    gate_up: Panels
+    down: Panels
+
+
+def tables_of(experts_E: Sequence[QuantisedExpert]) -> Tables | None:
+    """Of these experts, which must stay alive; None: of none."""
+    if not experts_E:
+        return None
+    gate_up = torch.tensor([expert.gate_up.addresses for expert in experts_E])
+    down = torch.tensor([expert.down.addresses for expert in experts_E])
+    return Tables(gate_up, down, experts_E[0].gate_up, experts_E[0].down)
+
+
 def expert_mlp(
-    rows_ND: torch.Tensor, counts_E: Sequence[int], experts_E: Sequence[QuantisedExpert], ffn_size: int, gelu: Gelu
+    rows_ND: torch.Tensor, counts_E: torch.Tensor, tables: Tables | None, ffn_size: int, gelu: Gelu
 ) -> torch.Tensor:
     """Passes each row through the MLP of its expert: `reference_int8.expert_mlp` on panels.
 
-    rows_ND: sorted by expert, float32 or bfloat16. counts_E: rows of each expert, zero allowed.
+    rows_ND: sorted by expert, float32 or bfloat16. counts_E: int64, rows of each expert, zero allowed, as many as there
+    are rows in all; read when the loops run, so they may be a loop's result. tables: None if there are no rows.
     Returns: out_ND, new, of the rows' type.
     """
-    assert len(counts_E) == len(experts_E), f"{len(counts_E)} counts for {len(experts_E)} experts"
-    assert sum(counts_E) == len(rows_ND), f"counts sum to {sum(counts_E)}, there are {len(rows_ND)} rows"
     rows_ND = rows_ND.contiguous()
     out_ND = torch.empty_like(rows_ND)
     for begin in range(0, len(rows_ND), CHUNK_ROWS):
+        assert tables is not None, "rows for experts that are not here"
         end = min(begin + CHUNK_ROWS, len(rows_ND))
-        busy = _busy(counts_E, experts_E, begin, end)
-        _compute(rows_ND[begin:end], busy, out_ND[begin:end], ffn_size, gelu)
+        _compute(rows_ND[begin:end], begin, counts_E, tables, out_ND[begin:end], ffn_size, gelu)
     return out_ND
 
 
-_Busy = list[tuple[QuantisedExpert, int, int]]
-"""Experts that have rows in a chunk, and which."""
-
-
-def _busy(counts_E: Sequence[int], experts_E: Sequence[QuantisedExpert], begin: int, end: int) -> _Busy:
-    busy: _Busy = []
-    first = 0
-    for expert, count in zip(experts_E, counts_E, strict=True):
-        rows = max(first, begin) - begin, min(first + count, end) - begin
-        if rows[0] < rows[1]:
-            busy.append((expert, *rows))
-        first += count
-    return busy
-
-
-def _compute(rows_ND: torch.Tensor, busy: _Busy, out_ND: torch.Tensor, F: int, gelu: Gelu) -> None:
-    (N, D), dtype = rows_ND.shape, rows_ND.dtype
+def _compute(
+    rows_ND: torch.Tensor, begin: int, counts_E: torch.Tensor, tables: Tables, out_ND: torch.Tensor, F: int, gelu: Gelu
+) -> None:
+    """Rows from the one at `begin` on."""
+    (N, D), E, dtype = rows_ND.shape, len(counts_E), rows_ND.dtype
     x, h_NF, h = _room.for_rows(N, D, F)
-    gate_up, down = busy[0][0].gate_up, busy[0][0].down
-    gate_up_table: list[int] = []
-    down_table: list[int] = []
-    for expert, first, end in busy:
-        gate_up_table += (*expert.gate_up.addresses, first, end)
-        down_table += (*expert.down.addresses, first, end)
-    mean = N // len(busy)
+    gate_up, down = tables.gate_up, tables.down
+    mean = -(-N // E)
     int8_loops.quantise(dtype, N, D, x.q.shape[1], rows_ND, *x)
     int8_loops.gate_up(
-        torch.float32, len(busy) * gate_up.num_panels, 0, N, gate_up.num_panels, gate_up.num_steps, *x, h_NF, F,
-        int(gelu is Gelu.TANH), *gate_up_table, grain=_grain(gate_up, mean),
+        torch.float32, min(N, E) * gate_up.num_panels, 0, N, gate_up.num_panels, gate_up.num_steps, *x, h_NF, F,
+        int(gelu is Gelu.TANH), E, counts_E, tables.gate_up_E2, begin, grain=_grain(gate_up, mean),
     )  # fmt: skip
     int8_loops.quantise(torch.float32, N, F, h.q.shape[1], h_NF, *h)
     int8_loops.down(
-        dtype, len(busy) * down.num_panels, 0, N, down.num_panels, down.num_steps, *h, out_ND, D,
-        *down_table, grain=_grain(down, mean),
+        dtype, min(N, E) * down.num_panels, 0, N, down.num_panels, down.num_steps, *h, out_ND, D,
+        E, counts_E, tables.down_E2, begin, grain=_grain(down, mean),
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ Letters: N rows, E experts, D hidden, F ffn, P panels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,17 +38,27 @@ def _find(unit: int, expert: int, past: int, row: int, counts_E: Any, per_expert
         expert += 1
 
 
+@inner
+def _num_units(counts_E: Any, per_expert: int, at_once: int) -> Any:
+    """Units of work of all experts, see `_find`."""
+    total = 0
+    for count in counts_E:
+        total += (num_blocks(count) + at_once - 1) // at_once * per_expert
+    return total
+
+
 @loop(grain=1)
 def _gate_up(element: Any) -> Any:
     """Blocks of x_ND -> blocks of h_NF."""
 
     @entry
     def run(params: Any) -> None:
-        size, N, E, D, F, is_tanh = params[0], params[2], params[3], params[4], params[5], params[6] != 0
+        N, E, D, F, is_tanh = params[2], params[3], params[4], params[5], params[6] != 0
         counts_E, weights_E3 = array(np.int64, params[7], (E,)), array(np.int64, params[8], (E, 3))
         x, h_W = params[9], array(np.uint16, params[10], (1, N * F))
         gate, up = np.empty((MOST_ROWS, PANEL), np.float32), np.empty((MOST_ROWS, PANEL), np.float32)
         P, at_once = F // PANEL, rows_per_group(D) // MOST_ROWS
+        size = _num_units(counts_E, P, at_once)
         expert, past, row = 0, 0, 0
         unit = take(params, 1)
         while unit < size:
@@ -85,11 +94,12 @@ def _down(element: Any) -> Any:
 
     @entry
     def run(params: Any) -> None:
-        size, N, E, D, F = params[0], params[2], params[3], params[4], params[5]
+        N, E, D, F = params[2], params[3], params[4], params[5]
         counts_E, weights_E3 = array(np.int64, params[6], (E,)), array(np.int64, params[7], (E, 3))
         h, y_ND = params[8], array(np.uint16, params[9], (N, D))
         sums = np.empty((MOST_ROWS, PANEL), np.float32)
         P, at_once = (D + PANEL - 1) // PANEL, rows_per_group(F) // MOST_ROWS
+        size = _num_units(counts_E, P, at_once)
         expert, past, row = 0, 0, 0
         unit = take(params, 1)
         while unit < size:
@@ -116,32 +126,30 @@ def can_compute(config: ModelConfig, dtype: torch.dtype) -> bool:
 
 
 def expert_mlp(
-    rows_ND: torch.Tensor, counts_E: Sequence[int], weights_E3: torch.Tensor, num_ffn: int, gelu: Gelu
+    rows_ND: torch.Tensor, counts_E: torch.Tensor, weights_E3: torch.Tensor, num_ffn: int, gelu: Gelu
 ) -> torch.Tensor:
     """Passes each row through the MLP of its expert: `reference.expert_mlp` on panels.
 
-    rows_ND: bfloat16, sorted by expert. counts_E: rows of each expert, zero allowed. weights_E3: int64, the addresses
-    of each expert's gate, up and down panels (`grokmoe.panels.to_panels`); those of experts without rows are not read.
+    rows_ND: bfloat16, sorted by expert. counts_E: int64, rows of each expert, zero allowed, in all as many as there are
+    rows; read when the loops run, so they may be a loop's result. weights_E3: int64, the addresses of each expert's
+    gate, up and down panels (`grokmoe.panels.to_panels`); those of experts without rows are not read.
     num_ffn: F, a multiple of PANEL. Returns: out_ND, new.
     """
-    assert sum(counts_E) == len(rows_ND), f"counts sum to {sum(counts_E)}, there are {len(rows_ND)} rows"
     out_ND = torch.empty_like(rows_ND, memory_format=torch.contiguous_format)
     num_rows, num_hidden = rows_ND.shape
     if num_rows == 0:
         return out_ND
-    num_experts, counts = len(counts_E), torch.tensor(counts_E)
-    busy = [count for count in counts_E if count]
-    usual = num_rows // len(busy)
-    x_ND = pack_blocks(rows_ND, counts)
+    num_experts = len(counts_E)
+    usual = -(-num_rows // num_experts)
+    x_ND = pack_blocks(rows_ND, counts_E)
     h_NF = rows_ND.new_empty(num_rows, num_ffn)
-    units = sum(num_groups(count, num_hidden) for count in busy) * (num_ffn // PANEL)
+    # How many units there are is known to the loops; that all rows could be of one expert tells whether threads pay.
     _gate_up(
-        rows_ND.dtype, units, 0, num_rows, num_experts, num_hidden, num_ffn, int(gelu is Gelu.TANH),
-        counts, weights_E3, x_ND, h_NF, grain=grain(usual, num_hidden, 2),
+        rows_ND.dtype, num_groups(num_rows, num_hidden) * (num_ffn // PANEL), 0, num_rows, num_experts, num_hidden,
+        num_ffn, int(gelu is Gelu.TANH), counts_E, weights_E3, x_ND, h_NF, grain=grain(usual, num_hidden, 2),
     )  # fmt: skip
-    units = sum(num_groups(count, num_ffn) for count in busy) * -(-num_hidden // PANEL)
     _down(
-        rows_ND.dtype, units, 0, num_rows, num_experts, num_hidden, num_ffn,
-        counts, weights_E3, h_NF, out_ND, grain=grain(usual, num_ffn),
+        rows_ND.dtype, num_groups(num_rows, num_ffn) * -(-num_hidden // PANEL), 0, num_rows, num_experts, num_hidden,
+        num_ffn, counts_E, weights_E3, h_NF, out_ND, grain=grain(usual, num_ffn),
     )  # fmt: skip
     return out_ND

@@ -25,9 +25,6 @@ HALF = PANEL_OUTPUTS // 2
 BLOCK_STEPS = 1024
 """Steps of a panel that all rows go through before the next: 256 KiB, which a core's second cache holds."""
 
-TABLE_FIELDS = 4
-"""What a loop is told of each expert: addresses of panels and scales, its first row, one past its last."""
-
 GRAIN_QUANTISE = 8
 """Rows that a thread quantises in about ten microseconds."""
 
@@ -92,26 +89,55 @@ def _sums(panel: int, num_steps: int, q: int, stride: int, offset_N: Any, first:
             dot_int8(stop - begin, rows, stride, weights, num, sums_NO.ctypes.data + begin * PANEL_OUTPUTS * 4)
 
 
+@inner
+def _num_units(counts_E: Any, P: int, begin: int, end: int) -> Any:
+    """Panels of all experts that have any of the rows from `begin` to `end`."""
+    row, total = 0, 0
+    for count in counts_E:
+        total += P if min(row + count, end) > max(row, begin) else 0
+        row += count
+    return total
+
+
+@inner
+def _find(unit: int, expert: int, past: int, row: int, counts_E: Any, P: int, begin: int, end: int) -> Any:
+    """The expert that a unit of work belongs to, from the one before: (expert, units before its first, its first
+    row)."""
+    while True:
+        count = counts_E[expert]
+        if min(row + count, end) > max(row, begin):
+            if unit < past + P:
+                return expert, past, row
+            past += P
+        row += count
+        expert += 1
+
+
 @loop(grain=1)
 def gate_up(element: Any) -> Any:
-    """Rows to h, float32: a unit is a panel of an expert.
+    """Rows to h, float32: a unit is a panel of an expert that has any of the rows.
 
-    (units; 0, N, panels of an expert, steps, q, its scales, its offsets, h [N, F], F, is tanh, the experts' table)
+    (units at most; 0, N, panels of an expert, steps, q, its scales, its offsets, h [N, F], F, is tanh, E, counts_E,
+    table_E2, place of the first row). counts_E: rows of each expert, of which these N are some. table_E2: addresses of
+    panels and scales.
     """
 
     @entry
     def run(params: Any) -> None:
-        size, N, P, num_steps, q = params[0], params[2], params[3], params[4], params[5]
+        N, P, num_steps, q = params[2], params[3], params[4], params[5]
         scale_N, offset_N = array(np.float32, params[6], (N,)), array(np.int32, params[7], (N,))
-        F, is_tanh = params[9], params[10] != 0
+        F, is_tanh, E, begin = params[9], params[10] != 0, params[11], params[14]
+        counts_E, table_E2 = array(np.int64, params[12], (E,)), array(np.int64, params[13], (E, 2))
         h_NF, stride = array(np.float32, params[8], (N, F)), num_steps * STEP_INPUTS
         sums_NO, h = np.empty((N, PANEL_OUTPUTS), np.int32), np.empty(HALF, np.float32)
+        size = _num_units(counts_E, P, begin, begin + N)
+        expert, past, row = 0, 0, 0
         unit = take(params, 1)
         while unit < size:
-            at, p = 11 + unit // P * TABLE_FIELDS, unit % P
-            scales_PO = array(np.float32, params[at + 1], (P, PANEL_OUTPUTS))
-            first, end = params[at + 2], params[at + 3]
-            _sums(params[at] + p * stride * PANEL_OUTPUTS, num_steps, q, stride, offset_N, first, end, sums_NO)
+            expert, past, row = _find(unit, expert, past, row, counts_E, P, begin, begin + N)
+            p, scales_PO = unit - past, array(np.float32, table_E2[expert, 1], (P, PANEL_OUTPUTS))
+            first, end = max(row - begin, 0), min(row + counts_E[expert] - begin, N)
+            _sums(table_E2[expert, 0] + p * stride * PANEL_OUTPUTS, num_steps, q, stride, offset_N, first, end, sums_NO)
             for n in range(first, end):
                 for o in range(HALF):
                     gate = np.float32(sums_NO[n - first, o]) * (scale_N[n] * scales_PO[p, o])
@@ -126,24 +152,28 @@ def gate_up(element: Any) -> Any:
 
 @loop(grain=1)
 def down(element: Any) -> Any:
-    """h to y: a unit is a panel of an expert.
+    """h to y: a unit is a panel of an expert that has any of the rows.
 
-    (units; 0, N, panels of an expert, steps, q, its scales, its offsets, y [N, D], D, the experts' table)
+    (units at most; 0, N, panels of an expert, steps, q, its scales, its offsets, y [N, D], D, E, counts_E, table_E2,
+    place of the first row), as for `gate_up`.
     """
 
     @entry
     def run(params: Any) -> None:
-        size, N, P, num_steps, q = params[0], params[2], params[3], params[4], params[5]
+        N, P, num_steps, q = params[2], params[3], params[4], params[5]
         scale_N, offset_N = array(np.float32, params[6], (N,)), array(np.int32, params[7], (N,))
-        D = params[9]
+        D, E, begin = params[9], params[10], params[13]
+        counts_E, table_E2 = array(np.int64, params[11], (E,)), array(np.int64, params[12], (E, 2))
         y_ND, stride = array(element, params[8], (N, D)), num_steps * STEP_INPUTS
         sums_NO = np.empty((N, PANEL_OUTPUTS), np.int32)
+        size = _num_units(counts_E, P, begin, begin + N)
+        expert, past, row = 0, 0, 0
         unit = take(params, 1)
         while unit < size:
-            at, p = 10 + unit // P * TABLE_FIELDS, unit % P
-            scales_PO = array(np.float32, params[at + 1], (P, PANEL_OUTPUTS))
-            first, end = params[at + 2], params[at + 3]
-            _sums(params[at] + p * stride * PANEL_OUTPUTS, num_steps, q, stride, offset_N, first, end, sums_NO)
+            expert, past, row = _find(unit, expert, past, row, counts_E, P, begin, begin + N)
+            p, scales_PO = unit - past, array(np.float32, table_E2[expert, 1], (P, PANEL_OUTPUTS))
+            first, end = max(row - begin, 0), min(row + counts_E[expert] - begin, N)
+            _sums(table_E2[expert, 0] + p * stride * PANEL_OUTPUTS, num_steps, q, stride, offset_N, first, end, sums_NO)
             for n in range(first, end):
                 for o in range(min(PANEL_OUTPUTS, D - p * PANEL_OUTPUTS)):
                     y = np.float32(sums_NO[n - first, o]) * (scale_N[n] * scales_PO[p, o])

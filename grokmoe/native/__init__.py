@@ -7,6 +7,7 @@ Here one call does what twenty operations did, on torch's own threads. See docs/
 from grokmoe.native.dots import MOST_ROWS, PANEL, UNROLL, dot_panel, has_dots
 from grokmoe.native.elements import as_f32, as_i32, clamped, exp2, put, share, wide
 from grokmoe.native.loop import Loop, entry, inner, loop
+from grokmoe.native.program import Program
 from grokmoe.native.turns import take
 from grokmoe.native.views import array
 
@@ -15,6 +16,7 @@ __all__ = [
     "PANEL",
     "UNROLL",
     "Loop",
+    "Program",
     "array",
     "as_f32",
     "as_i32",

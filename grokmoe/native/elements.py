@@ -113,11 +113,11 @@ def exp2(x: Any) -> Any:
 
 
 _num_threads = types.ExternalFunction(NUM_SYMBOL, types.int32())
-_thread_index = types.ExternalFunction(INDEX_SYMBOL, types.int32())
+thread_index = types.ExternalFunction(INDEX_SYMBOL, types.int32())
 
 
 @njit(**FLAGS)
 def share(size: Any) -> Any:
     """(first, end): the calling thread's part of 0 .. size, when a team runs the loop; all of it when one does."""
-    index, num = np.int64(_thread_index()), np.int64(_num_threads())
+    index, num = np.int64(thread_index()), np.int64(_num_threads())
     return size * index // num, size * (index + 1) // num

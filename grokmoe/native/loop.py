@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numba import cfunc, njit, types
 
+from grokmoe import recording
 from grokmoe.native import team
 from grokmoe.native.cache import cache_folder
 from grokmoe.native.elements import FLAGS
@@ -51,15 +52,20 @@ class Loop:
     def __call__(
         self, dtype: torch.dtype, size: int, *args: torch.Tensor | int | float, grain: int | None = None
     ) -> None:
-        """Runs over `size` rows with the entry of `dtype`. grain: for rows that are not of the usual size.
+        """Runs over `size` rows with the entry of `dtype`, or writes that down (`recording`). grain: for rows that are
+        not of the usual size.
 
         Tensors go as their addresses: they must be contiguous where the entry takes them to be, and stay alive; floats
         go as the bits of a float32.
         """
         if size == 0:
             return
-        params = (ctypes.c_int64 * (len(args) + 1))(size, *map(_value, args))
         address = self.compile(dtype)
+        if (open_recording := recording.current()) is not None:
+            open_recording.calls.append((address, [size, *map(_value, args)]))
+            open_recording.kept += [arg for arg in args if isinstance(arg, torch.Tensor)]
+            return
+        params = (ctypes.c_int64 * (len(args) + 1))(size, *map(_value, args))
         grain = grain or self._grain
         if size < 2 * grain:
             _brief(address)(ctypes.addressof(params))

@@ -20,10 +20,13 @@ import torch
 NUM_SYMBOL, INDEX_SYMBOL = "grokmoe_num_threads", "grokmoe_thread_index"
 """Names by which compiled loops find the functions that tell a thread its place in the team."""
 
-_Function = ctypes.CFUNCTYPE(ctypes.c_int32)
+BARRIER_SYMBOL = "grokmoe_barrier"
+"""The name of the one that lets a thread wait for the others."""
+
+_Function, _Barrier = ctypes.CFUNCTYPE(ctypes.c_int32), ctypes.CFUNCTYPE(None)
 
 
-_one, _zero = _Function(lambda: 1), _Function(lambda: 0)
+_one, _zero, _nothing = _Function(lambda: 1), _Function(lambda: 0), _Barrier(lambda: None)
 """Of a thread that is alone."""
 
 
@@ -40,11 +43,13 @@ def _library() -> ctypes.CDLL | None:
 def _fork() -> Callable[[int, int, int, int], None] | None:
     """GOMP_parallel(function, argument, threads, flags); None: loops run on the calling thread alone."""
     library = _library()
-    functions: dict[str, Any] = {NUM_SYMBOL: _one, INDEX_SYMBOL: _zero}
+    functions: dict[str, Any] = {NUM_SYMBOL: _one, INDEX_SYMBOL: _zero, BARRIER_SYMBOL: _nothing}
     fork: Any = None
-    with contextlib.suppress(AttributeError):
-        functions = {NUM_SYMBOL: library.omp_get_num_threads, INDEX_SYMBOL: library.omp_get_thread_num}  # type: ignore[union-attr]
-        fork = library.GOMP_parallel  # type: ignore[union-attr]
+    with contextlib.suppress(AttributeError, AssertionError):
+        assert library is not None
+        found = library.omp_get_num_threads, library.omp_get_thread_num, library.GOMP_barrier
+        fork = library.GOMP_parallel
+        functions = dict(zip(functions, found, strict=True))
     for symbol, function in functions.items():
         address = ctypes.cast(function, ctypes.c_void_p).value
         assert address is not None
@@ -66,6 +71,17 @@ def run(address: int, argument: int, num_threads: int) -> None:
     fork = _fork()
     assert fork is not None
     fork(address, argument, num_threads, 0)
+
+
+_Entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def run_or_call(address: int, argument: int) -> None:
+    """The same on as many threads as torch has; on one, a call that lets go of the interpreter's lock."""
+    if (threads := num_threads()) > 1:
+        run(address, argument, threads)
+    else:
+        _Entry(address)(argument)
 
 
 def num_threads() -> int:

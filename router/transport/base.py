@@ -89,11 +89,18 @@ class Hole(Protocol):
     def is_local(self) -> bool:
         """Whether `fill_now` can be used: every expert is in this process."""
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether `record` can be used."""
+
     async def fill(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """MoE input -> MoE output."""
 
     def fill_now(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """The same on the caller's thread, for experts in this process."""
+
+    def record(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """The same while loops are recorded (`grokmoe.recording`)."""
 
 
 class StepNotBegun(Unavailable):

@@ -30,6 +30,9 @@ class StepRun(Protocol):
     def advance(self, moe_TD: torch.Tensor | None) -> Any:
         """Goes to the next hole (has `layer` and `x_TD`) or to the end (a StepResult)."""
 
+    def replay(self, fill: Callable[[int, torch.Tensor], torch.Tensor]) -> StepResult | None:
+        """The whole step as one program, if there is one for it."""
+
     def close(self) -> None:
         """Drops the step."""
 
@@ -63,7 +66,7 @@ class LocalAttentionLink:
         device = self._engine.device
         try:
             if hole.is_local:
-                return await device.run(_drive, run, hole, legs)
+                return await device.run(drive, run, hole, legs)
             at = await device.run(_advance, run, None, legs)
             while not isinstance(at, StepResult):
                 out_TD = await hole.fill(at.layer, at.x_TD)
@@ -85,7 +88,14 @@ def _advance(run: StepRun, moe_TD: torch.Tensor | None, legs: Legs) -> Any:
     return at
 
 
-def _drive(run: StepRun, hole: Hole, legs: Legs) -> StepResult:
+def drive(run: StepRun, hole: Hole, legs: Legs) -> StepResult:
+    """A whole step on the caller's thread, with holes that are filled there."""
+    if hole.can_be_recorded:
+        with legs.time("worker"):
+            result = run.replay(hole.record)
+        if result is not None:
+            legs.split("worker", run.stages_ns)
+            return result
     at = _advance(run, None, legs)
     while not isinstance(at, StepResult):
         at = _advance(run, hole.fill_now(at.layer, at.x_TD), legs)

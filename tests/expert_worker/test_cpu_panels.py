@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not has_dots(), reason="this CPU has no dot prod
 def compute(case: Case, rows_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     panels = [list(map(to_panels, parts)) for parts in zip(case.gate, case.up, case.down, strict=True)]
     addresses_E3 = torch.tensor([[part.data_ptr() for part in parts] for parts in panels])
-    return cpu_panels.expert_mlp(rows_ND, counts, addresses_E3, case.gate.shape[1], case.gelu)
+    return cpu_panels.expert_mlp(rows_ND, torch.tensor(counts), addresses_E3, case.gate.shape[1], case.gelu)
 
 
 @pytest.mark.parametrize("gelu", Gelu)

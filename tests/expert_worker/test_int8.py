@@ -36,9 +36,16 @@ def quantised(case: Case) -> list[QuantisedExpert]:
     return experts
 
 
+def mlp(
+    rows_ND: torch.Tensor, counts: Sequence[int], experts: Sequence[QuantisedExpert], ffn_size: int, gelu: Gelu
+) -> torch.Tensor:
+    tables = cpu_int8.tables_of(experts)
+    return cpu_int8.expert_mlp(rows_ND, torch.tensor(counts), tables, ffn_size, gelu)
+
+
 def compute(case: Case, experts: Sequence[QuantisedExpert] | None = None) -> torch.Tensor:
     F = case.gate.shape[1]
-    return cpu_int8.expert_mlp(case.rows, case.counts, experts or quantised(case), F, case.gelu)
+    return mlp(case.rows, case.counts, experts or quantised(case), F, case.gelu)
 
 
 def relative_rms(actual: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -103,7 +110,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None
     for num_rows in range(1, 65):
         for begin in {0, (64 - num_rows) // 2, 64 - num_rows}:
             rows_ND = case.rows[begin : begin + num_rows]
-            some_ND = cpu_int8.expert_mlp(rows_ND, [num_rows], experts, 160, case.gelu)
+            some_ND = mlp(rows_ND, [num_rows], experts, 160, case.gelu)
             assert torch.equal(some_ND, all_ND[begin : begin + num_rows]), (num_rows, begin)
 
 
@@ -127,7 +134,7 @@ def test_rows_need_not_be_aligned() -> None:
     case = Case.random([3], 48, 80, torch.bfloat16, Gelu.ERF)
     data = bytearray(1) + case.rows.view(torch.uint8).numpy().tobytes()
     shifted_ND = torch.frombuffer(data, dtype=torch.bfloat16, offset=1).view(3, -1)
-    assert torch.equal(cpu_int8.expert_mlp(shifted_ND, [3], quantised(case), 80, case.gelu), compute(case))
+    assert torch.equal(mlp(shifted_ND, [3], quantised(case), 80, case.gelu), compute(case))
 
 
 def dots(function: object, x_NI: np.ndarray, panel_SOI: np.ndarray, begin: int) -> np.ndarray:
@@ -220,7 +227,7 @@ def test_a_row_that_is_not_finite_has_no_finite_output(dtype: torch.dtype, bad: 
     for row, column in ((0, 0), (5, 47), (7, 20)):
         rows_ND = case.rows.clone()
         rows_ND[row, column] = bad
-        out_ND = cpu_int8.expert_mlp(rows_ND, [8], experts, 80, case.gelu)
+        out_ND = mlp(rows_ND, [8], experts, 80, case.gelu)
         assert not out_ND[row].isfinite().any()
         others = torch.arange(8) != row
         assert torch.equal(out_ND[others], expected[others])
