@@ -43,7 +43,9 @@ class Rope:
 
     def angles(self, positions_T: torch.Tensor) -> Rotation:
         """The rotations of these positions. IndexError (on a CPU) if one is not in the table."""
-        return Rotation(rows_of(self._cos_Pd, positions_T)[:, None], rows_of(self._sin_Pd, positions_T)[:, None])
+        return Rotation(
+            rows_of(self._cos_Pd, positions_T).unsqueeze(1), rows_of(self._sin_Pd, positions_T).unsqueeze(1)
+        )
 
     @staticmethod
     def rotate(x_THd: torch.Tensor, rotation: Rotation) -> torch.Tensor:

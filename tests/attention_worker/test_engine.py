@@ -122,7 +122,7 @@ def test_a_step_that_is_dropped_leaves_the_engine_usable(num_holes: int) -> None
 def test_a_plan_that_was_begun_and_never_run_changes_nothing() -> None:
     engine = attention_engine()
     engine.begin(plan(engine, prefill())).close()
-    assert not any(pages.any() for pages in (*engine._cache.k_KPSd, *engine._cache.v_KPSd))
+    assert not any(pages.any() for pages in (*engine.cache.k_KPSd, *engine.cache.v_KPSd))
 
 
 def test_two_steps_side_by_side() -> None:

@@ -108,7 +108,7 @@ REFUSED: list[tuple[list[SequenceChunk], str, tuple[str, ...]]] = [
 def test_a_refusal_names_the_field_and_changes_nothing(
     engine: AttentionEngine, chunks: list[SequenceChunk], field: str, words: tuple[str, ...]
 ) -> None:
-    cache = engine._cache
+    cache = engine.cache
     before = [pages.clone() for pages in (*cache.k_KPSd, *cache.v_KPSd)]
     with pytest.raises(InvalidRequest) as caught:
         engine.begin(StepPlan(engine.incarnation, tuple(chunks)))
