@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from attention_worker.config import AttentionWorkerSettings  # noqa: E402
 from expert_worker.config import ExpertWorkerSettings  # noqa: E402
 from grokmoe.server import ServerSettings  # noqa: E402
+from launcher.gateway import GatewaySettings  # noqa: E402
 from router.config import RouterSettings  # noqa: E402
 
 SOURCE = HERE / "values.schema.in.yaml"
@@ -34,14 +35,18 @@ TARGET = HERE / "helm" / "grokmoe" / "values.schema.json"
 SET_BY_CHART: dict[type, set[str]] = {
     ServerSettings: {
         "listen", "health_listen", "metrics_host", "metrics_port", "grace", "exit_on_stdin_eof", "max_connection_age",
-        "tls_certificate", "tls_key", "tls_client_ca", "tokens_file",
+        "tls_certificate", "tls_key", "tls_client_ca", "tokens_file", "log_format",
     },
     RouterSettings: {
         "model", "model_name", "variant", "dtype", "attention", "experts", "placement", "join_timeout",
+        "traces", "trace_share",
         "worker_tls_ca", "worker_tls_certificate", "worker_tls_key", "worker_tls_server_name", "worker_token_file",
     },
-    AttentionWorkerSettings: {"model", "variant", "dtype", "device", "kv_gib", "layers"},
-    ExpertWorkerSettings: {"model", "variant", "dtype", "device", "experts"},
+    GatewaySettings: {
+        "server", "model", "host", "port", "metrics_port", "grace", "exit_on_stdin_eof", "log_format", "traces",
+    },
+    AttentionWorkerSettings: {"model", "variant", "dtype", "device", "kv_gib", "layers", "traces"},
+    ExpertWorkerSettings: {"model", "variant", "dtype", "device", "experts", "traces"},
 }  # fmt: skip
 """Fields with a value of their own in the chart. Workers found by DNS have no order that `placement` could name."""
 
@@ -65,6 +70,7 @@ def schema() -> dict[str, Any]:
     definitions["routerSettings"] = flags(RouterSettings, ServerSettings)
     definitions["attentionSettings"] = flags(AttentionWorkerSettings, ServerSettings)
     definitions["expertSettings"] = flags(ExpertWorkerSettings, ServerSettings)
+    definitions["gatewaySettings"] = flags(GatewaySettings)
     definitions["attentionDevice"] = {"type": "string", "pattern": DEVICE}
     definitions["expertSpec"] = {"type": "string", "pattern": EXPERT_SPEC}
     whole["allOf"] += [has_host(expert) for expert in range(NUM_EXPERTS_OF_SCHEMA)]

@@ -42,6 +42,7 @@ class _Call:
     rows: RowsByExpert
     future: asyncio.Future[ExpertResult]
     received_ns: int
+    caller: str
 
     def joins(self, other: _Call) -> bool:
         """Whether both are computed with the same weights, from rows in the same memory."""
@@ -103,10 +104,13 @@ class ExpertEngine:
         recording.after.append(observe)
         return out_ND
 
-    def submit(self, call: ExpertCall) -> asyncio.Future[ExpertResult]:
-        """Queues one call. The future belongs to the running event loop; cancel it to drop a call not yet begun."""
+    def submit(self, call: ExpertCall, caller: str = "") -> asyncio.Future[ExpertResult]:
+        """Queues one call. The future belongs to the running event loop; cancel it to drop a call not yet begun.
+
+        caller: who waits for it, for metrics.
+        """
         future: asyncio.Future[ExpertResult] = asyncio.get_running_loop().create_future()
-        waiting = _Call(call.weights, call.rows, future, time.monotonic_ns())
+        waiting = _Call(call.weights, call.rows, future, time.monotonic_ns(), caller)
         with self._lock:
             self._waiting.append(waiting)
         self._device.post(self._compute_next)
@@ -151,6 +155,7 @@ class ExpertEngine:
             _hand_over(call.future, ExpertResult(call_out_ND, queue_ns, compute_ns, len(out_ND), len(batch)))
         for call in batch:
             self._metrics.queue_time.observe((began - call.received_ns) / 1e9)
+        self._metrics.batch_callers.observe(len({call.caller for call in batch}))
         self._observe(len(batch), rows, compute_ns)
 
     def _observe(self, num_calls: int, rows: RowsByExpert, compute_ns: int) -> None:

@@ -66,6 +66,7 @@ class ForwardStream:
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._writing = asyncio.Lock()
         self._ids: set[int] = set()
+        self._caller = ""
         self._pending: dict[asyncio.Task[None], asyncio.Future[ExpertResult]] = {}
         experts = engine.experts
         self._pair = PairEnd(experts.device, experts.config.hidden_size, experts.dtype, takes_pairs)
@@ -171,7 +172,8 @@ class ForwardStream:
             return
         read_at = asyncio.get_running_loop().time()
         await self._slots.acquire()
-        future = self._engine.submit(call)
+        self._caller = request.caller or self._caller
+        future = self._engine.submit(call, self._caller)
         del call  # while the stream is idle it must not keep weights that are to be freed
         self._ids.add(request.request_id)
         if request.timeout_ms:

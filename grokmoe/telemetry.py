@@ -236,6 +236,12 @@ class ExpertMetrics:
             buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
             registry=registry,
         )
+        self.batch_callers = Histogram(
+            "grokmoe_expert_worker_batch_callers",
+            "Routers whose calls were joined into one grouped GEMM.",
+            buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
+            registry=registry,
+        )
         self.queue_time = Histogram(
             "grokmoe_expert_worker_queue_seconds",
             "Call received to computation begun.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grokmoe.errors import ConfigError, StartupError, Unavailable
+from grokmoe.logs import LogSettings
 from grokmoe.settings import to_flags
 from launcher.gateway import GatewaySettings
 from launcher.process import RoleProcess
@@ -51,7 +52,7 @@ def free_port(host: str, port: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def gateway_process(address: str, model: str, host: str, port: int, log_level: str) -> RoleProcess:
+def gateway_process(address: str, model: str, host: str, port: int, logs: LogSettings, traces: str = "") -> RoleProcess:
     """The gateway, not started. Once it is ready, its `address` is the base URL of the API.
 
     address: of the server, which need not serve yet. model: checkpoint directory. port: 0 for any free one. Raises
@@ -59,12 +60,13 @@ def gateway_process(address: str, model: str, host: str, port: int, log_level: s
     """
     server_host, _, server_port = address.rpartition(":")
     settings = GatewaySettings(
-        server=f"{_LOOPBACK.get(server_host, server_host)}:{server_port}",
+        server=(f"{_LOOPBACK.get(server_host, server_host)}:{server_port}",),
         model=str(Path(model).resolve()),
         host=host,
         port=free_port(host, port),
         metrics_port=free_port(host),
-        log_level=log_level,
+        traces=traces,
+        **logs.logs(),
     )
     return RoleProcess("openai", 0, "launcher.gateway", to_flags(settings))
 

@@ -170,7 +170,7 @@ async def serve(settings: ServeSettings) -> None:
         gateway = None
         if settings.openai:
             gateway = gateway_process(
-                server.listen, settings.model, settings.host, settings.openai_port, settings.log_level
+                server.listen, settings.model, settings.host, settings.openai_port, settings, settings.traces
             )
         pages = status_pages(engine, model.name)
         readiness = engine.on_serving if membership is not None else None

@@ -249,7 +249,7 @@ async def up(settings: UpSettings) -> int:
         if not settings.openai:
             return await _watch(cluster, stopping)
         gateway = gateway_process(
-            cluster.address, settings.model, settings.host, settings.openai_port, settings.log_level
+            cluster.address, settings.model, settings.host, settings.openai_port, settings, settings.traces
         )
         return await serve_with(gateway, _watch(cluster, stopping))
     finally:

@@ -67,9 +67,18 @@ def workers() -> Dashboard:
         .with_panel(
             chart(
                 "Calls in one grouped GEMM",
-                "Means: above 1, rows of several routers or lanes meet.",
+                "Means: above 1, rows of several lanes or cells meet.",
                 "short",
                 [(mean("grokmoe_expert_worker_batch_calls", "pod"), "{{pod}}")],
+                6,
+            )
+        )
+        .with_panel(
+            chart(
+                "Cells in one grouped GEMM",
+                "Means: above 1, rows of several routers share one reading of the weights.",
+                "short",
+                [(mean("grokmoe_expert_worker_batch_callers", "pod"), "{{pod}}")],
                 6,
             )
         )

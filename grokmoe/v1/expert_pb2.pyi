@@ -101,7 +101,7 @@ class PairOffer(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., host: _Optional[str] = ..., port: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "slices", "num_slices", "pair_offer", "pair_bytes", "traceparents", "payload")
+    __slots__ = ("request_id", "layer", "expert_ids", "counts", "remaining_rows", "timeout_ms", "slices", "num_slices", "pair_offer", "pair_bytes", "caller", "traceparents", "payload")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,7 @@ class ForwardRequest(_message.Message):
     NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     PAIR_OFFER_FIELD_NUMBER: _ClassVar[int]
     PAIR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENTS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     request_id: int
@@ -124,9 +125,10 @@ class ForwardRequest(_message.Message):
     num_slices: _containers.RepeatedScalarFieldContainer[int]
     pair_offer: PairOffer
     pair_bytes: int
+    caller: str
     traceparents: _containers.RepeatedScalarFieldContainer[str]
     payload: _tensor_pb2.Tensor
-    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., slices: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ..., pair_offer: _Optional[_Union[PairOffer, _Mapping]] = ..., pair_bytes: _Optional[int] = ..., traceparents: _Optional[_Iterable[str]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., remaining_rows: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., slices: _Optional[_Iterable[int]] = ..., num_slices: _Optional[_Iterable[int]] = ..., pair_offer: _Optional[_Union[PairOffer, _Mapping]] = ..., pair_bytes: _Optional[int] = ..., caller: _Optional[str] = ..., traceparents: _Optional[_Iterable[str]] = ..., payload: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("request_id", "remaining_rows", "failure", "queue_ns", "compute_ns", "batch_rows", "revision", "pair_bytes", "pair_lost", "payload")

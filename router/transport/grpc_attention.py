@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import time
-import uuid
 from collections.abc import Iterable
 
 from grokmoe import tensors
@@ -19,17 +16,12 @@ from router.legs import Legs
 from router.transport.base import AttentionInfo, Hole, StepNotBegun
 from router.transport.grpc_stream import Stream, describe
 from router.transport.step_answers import StepAnswers
-from router.transport.worker_access import PLAIN, WorkerAccess
+from router.transport.worker_access import PLAIN, WorkerAccess, new_router_id
 
 SERVICE = "grokmoe.v1.Attention"
 
 HOLE_TIMEOUT = 120.0
 """Seconds an attention worker may take between two messages of a step, if nobody else cuts it off (router/cell/)."""
-
-
-def new_router_id() -> str:
-    """Who holds a lease, unique and readable: host, process, and a part drawn at random."""
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class GrpcAttentionLink:

@@ -33,7 +33,7 @@ class ExpertStream:
 
     def __init__(self, channel: WorkerChannel, max_rows: int, width: int | None, on_end: Callable[[str], None]) -> None:
         """on_end: told why when the worker has ended the stream and no call is there to notice."""
-        self._on_end = on_end
+        self._on_end, self._caller = on_end, channel.caller
         self._stream = Stream(channel, f"/{SERVICE}/Forward")
         self._rows: tensors.RowAssembler[expert_pb2.ForwardResponse] = tensors.RowAssembler(
             expert_pb2.ForwardResponse, "request_id", max_rows, width
@@ -53,6 +53,8 @@ class ExpertStream:
         """
         self._next_id += 1
         request_id = request.request_id = self._next_id
+        if request_id == 1:
+            request.caller = self._caller
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         try:

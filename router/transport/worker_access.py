@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import socket
+import uuid
 import weakref
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,13 @@ class WorkerAccessSettings:
     local_streams: bool = setting(True, "send rows to workers on this host past gRPC, where they offer it")
 
 
+def new_router_id() -> str:
+    """Who calls, unique and readable: host, process, and a part drawn at random."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 class WorkerAccess:
-    """Opens channels to workers. One for all of them."""
+    """Opens channels to workers. One for all of them. caller: what expert workers know this router by."""
 
     def __init__(self, settings: WorkerAccessSettings | None = None) -> None:
         """Raises ConfigError for files that cannot be used."""
@@ -47,6 +55,7 @@ class WorkerAccess:
             raise ConfigError("worker_tls_ca is missing: who may vouch for workers")
         self._token = watch_token(s.worker_token_file, "worker_token_file") if s.worker_token_file else None
         self._has_local_streams = s.local_streams
+        self.caller = new_router_id()
 
     @property
     def tls(self) -> TlsConfig | None:
@@ -76,7 +85,7 @@ class WorkerChannel:
     """
 
     def __init__(self, address: str, access: WorkerAccess) -> None:
-        self._address, self._access = address, access
+        self._address, self._access, self.caller = address, access, access.caller
         self._tls = access.tls
         self._channel = self._open()
         self._old: list[tuple[grpc.aio.Channel, weakref.WeakSet[Any]]] = []

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -188,6 +189,8 @@ class Cluster:
     def probe(self, pod: Pod, container: str, kind: str) -> bool:
         """Asks once, as the kubelet would. kind: such as `readinessProbe`."""
         probe = pod.container(container)[kind]
+        if "httpGet" in probe:
+            return _answers(f"http://{pod.address}:{self._port(pod, container, probe['httpGet']['port'])}", probe)
         with grpc.insecure_channel(f"{pod.address}:{probe['grpc']['port']}") as channel:
             request = health_pb2.HealthCheckRequest(service=probe["grpc"]["service"])
             try:
@@ -195,6 +198,10 @@ class Cluster:
             except grpc.RpcError:
                 return False
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _port(self, pod: Pod, container: str, name: str) -> int:
+        (number,) = [one["containerPort"] for one in pod.container(container)["ports"] if one["name"] == name]
+        return int(number)
 
     def wait_started(self, pod: Pod, timeout: float = 120.0) -> None:
         """Returns when the startup probes of all containers have succeeded; fails when one ends before."""
@@ -219,12 +226,28 @@ class Cluster:
         pod.processes = {}
         return codes
 
+    def lose(self, pod: Pod) -> None:
+        """All containers are gone at once, as with their node."""
+        for process in pod.processes.values():
+            process.kill()
+        for process in pod.processes.values():
+            _wait(process, 30)
+        pod.processes = {}
+
     def kill(self) -> None:
         """Ends what a failed test left."""
         for pod in self.pods:
             for process in pod.processes.values():
                 process.kill()
                 _wait(process, 30)
+
+
+def _answers(url: str, probe: Object) -> bool:
+    try:
+        with urllib.request.urlopen(url + probe["httpGet"]["path"], timeout=probe["timeoutSeconds"]) as answer:
+            return 200 <= int(answer.status) < 400
+    except OSError:
+        return False
 
 
 def _read(process: subprocess.Popen[str], said: list[str]) -> None:

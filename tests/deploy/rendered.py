@@ -68,6 +68,8 @@ VARIANTS: Mapping[str, Object] = {
         },
         "tokens": {"clientsSecret": "clients", "clusterSecret": "cluster"},
         "autoscaling": {"kind": "hpa"},
+        "tracing": {"url": "http://collector:4317", "share": 0.1, "collector": [{"namespaceSelector": {}}]},
+        "logFormat": "text",
         "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "prometheusRule", "dashboards")},
         "gateway": {
             "grpcRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["grok.example.com"]},
@@ -75,6 +77,13 @@ VARIANTS: Mapping[str, Object] = {
         },
         "image": {"repository": "registry.example.com/grokmoe", "tag": "1", "pullSecrets": [{"name": "pull"}]},
         "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-extra"}}],
+    },
+    "gateway": {
+        "cells": {"shape": "split", "count": 3},
+        "gateway": {"openai": {"enabled": True, "replicas": 2, "settings": {"log-level": "debug"}}},
+        "networkPolicy": {"enabled": True, "clients": [{"namespaceSelector": {}}]},
+        "tracing": {"url": "http://collector", "collector": [{"namespaceSelector": {}}]},
+        "monitoring": {"serviceMonitor": {"enabled": True}},
     },
     "given-secrets": {
         "tls": {

@@ -22,6 +22,7 @@ WORKLOADS = ("Deployment", "StatefulSet")
 MADE_ELSEWHERE = {
     "everything": {"weights"},
     "grok1-8xh100": {"grok-1"},
+    "grok1-cells": {"grok-1"},
     "grok1-8xh100-fp8": {"grok-1"},
     "grok1-8xh200": {"grok-1"},
     "grok1-mixed": {"grok-1"},
@@ -32,6 +33,11 @@ MADE_ELSEWHERE = {
 
 def workloads(case: str) -> list[Object]:
     return of_kind(objects(case), *WORKLOADS)
+
+
+def roles(case: str) -> list[Object]:
+    """Workloads that speak gRPC: all but the gateway."""
+    return [each for each in workloads(case) if each["metadata"]["labels"]["app.kubernetes.io/component"] != "openai"]
 
 
 def pod_labels(workload: Object) -> dict[str, str]:
@@ -119,7 +125,7 @@ def test_probes_ask_the_health_port_for_services_that_exist(case: str) -> None:
         "attention": "grokmoe.v1.Attention",
         "expert": "grokmoe.v1.Expert",
     }
-    for each in workloads(case):
+    for each in roles(case):
         spec = each["spec"]["template"]["spec"]
         for container in spec["containers"]:
             health = next(port["containerPort"] for port in container["ports"] if port["name"] == "health")
@@ -138,7 +144,7 @@ def test_probes_ask_the_health_port_for_services_that_exist(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ports_of_one_pod_differ_and_are_listened_on(case: str) -> None:
-    for each in workloads(case):
+    for each in roles(case):
         spec = each["spec"]["template"]["spec"]
         numbers = [port["containerPort"] for container in spec["containers"] for port in container["ports"]]
         assert len(numbers) == len(set(numbers)), title(each)
@@ -241,22 +247,25 @@ def test_every_pod_has_one_budget(case: str) -> None:
 def test_only_routers_reach_workers(case: str) -> None:
     found = objects(case)
     policies = of_kind(found, "NetworkPolicy")
-    for each in workloads(case):
+    for each in roles(case):
         mine = [one for one in policies if matches(one["spec"]["podSelector"], pod_labels(each))]
         assert len(mine) == 1
         spec = mine[0]["spec"]
         component = each["metadata"]["labels"]["app.kubernetes.io/component"]
         if component == "router":
             open_ports = {port["port"] for rule in spec["egress"] for port in rule["ports"]}
-            assert open_ports <= {53, 50052, 50053}
+            assert open_ports <= {53, 50052, 50053, *([4317] if "tracing" in CASES[case] else [])}
             for rule in spec["egress"]:
                 for peer in rule.get("to", ()):
+                    if rule["ports"][0]["port"] == 4317:
+                        continue
                     workers = selected(case, peer["podSelector"])
                     assert workers
                     number = rule["ports"][0]["port"]
                     assert all(ports_of(one)["grpc"] == number for one in workers)
             continue
-        assert spec["egress"] == [], "workers call nobody"
+        collector = next((one for one in CASES[case].get("tracing", {}).get("collector", ())), None)
+        assert [rule.get("to") for rule in spec["egress"][1:]] == ([[collector]] if collector else []), "nobody else"
         calls = [rule for rule in spec["ingress"] if rule["ports"][0]["port"] == ports_of(each)["grpc"]]
         (peer,) = calls[0]["from"]
         assert len(calls) == 1
@@ -266,6 +275,52 @@ def test_only_routers_reach_workers(case: str) -> None:
             ports_of(each)["grpc"],
             ports_of(each)["metrics"],
         }
+
+
+GATED = [case for case in CASES if CASES[case].get("gateway", {}).get("openai", {}).get("enabled")]
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_the_gateway_finds_routers_and_nobody_but_them(case: str) -> None:
+    found = objects(case)
+    (gateway,) = [each for each in workloads(case) if each not in roles(case)]
+    (container,) = gateway["spec"]["template"]["spec"]["containers"]
+    server = next(one for one in container["args"] if one.startswith("--server=dns:///")).removeprefix(
+        "--server=dns:///"
+    )
+    name, _, port = server.partition(":")
+    service = next(each for each in of_kind(found, "Service") if each["metadata"]["name"] == name)
+    assert service["spec"]["clusterIP"] == "None"
+    routers = selected(case, service["spec"]["selector"])
+    assert {each["metadata"]["labels"]["app.kubernetes.io/component"] for each in routers} == {"router"}
+    assert all(ports_of(each)["grpc"] == int(port) for each in routers)
+    assert len(routers) == (CASES[case]["cells"]["count"] if CASES[case]["cells"]["shape"] == "split" else 1)
+    given = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert {f"--port={given['http']}", f"--metrics-port={given['metrics']}"} <= set(container["args"])
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["port"] == "http"
+    # Alive is the process, whether or not there is a router.
+    assert container["livenessProbe"]["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/liveness"
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(found, "NetworkPolicy")}
+    allowed = [peer for rule in policies["demo-grokmoe-openai"]["egress"][:2] for peer in rule.get("to", ())]
+    assert [selected(case, peer["podSelector"]) for peer in allowed] == [routers]
+    callers = policies["demo-grokmoe-router"]["ingress"][0].get("from")
+    assert callers is None or any(
+        selected(case, peer.get("podSelector", {"no": "one"})) == [gateway] for peer in callers
+    )
+
+
+@pytest.mark.parametrize("case", ["everything"])
+def test_every_role_says_where_its_spans_go_and_may(case: str) -> None:
+    url = CASES[case]["tracing"]["url"]
+    for each in workloads(case):
+        for container in each["spec"]["template"]["spec"]["containers"]:
+            assert f"--traces={url}" in container["args"], title(each)
+            shares = [one for one in container["args"] if one.startswith("--trace-share=")]
+            assert shares == (["--trace-share=0.1"] if container["name"] == "router" else [])
+    for policy in of_kind(objects(case), "NetworkPolicy"):
+        ports = {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]}
+        assert {53, 4317} <= ports, title(policy)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -124,6 +124,15 @@ REFUSED: dict[str, Object] = {
     "Prometheus without http": at("autoscaling.prometheusUrl", "prometheus:9090"),
     "an interval without a unit": at("monitoring.serviceMonitor.interval", "15"),
     "a route from no gateway": at("gateway.grpcRoute.enabled", True),
+    "a gateway that has no TLS before routers that want it": at("gateway.openai.enabled", True)
+    | at("tls.clients", {"enabled": True, "secret": "s"}),
+    "a gateway that has no token before routers that want one": at("gateway.openai.enabled", True)
+    | at("tokens.clientsSecret", "s"),
+    "a flag that no gateway has": at("gateway.openai.settings", {"policy": "random"}),
+    "no gateways": at("gateway.openai.replicas", 0),
+    "traces to no URL": at("tracing.url", "collector:4317"),
+    "more traces than requests": at("tracing.share", 1.5),
+    "a log for nobody": at("logFormat", "xml"),
     "a pool without a picker": at("gateway.inferencePool.enabled", True),
     "a label that is no text": at("router.podLabels", {"a": 1}),
     "memory in words": at("router.resources", {"limits": {"memory": "a lot"}}),
@@ -146,8 +155,9 @@ def test_what_cannot_be_is_refused_by_the_schema(what: str) -> None:
         at("attention.settings", {"deterministic": True, "log-level": "debug", "lease-seconds": 5}),
         at("tls.workers", {"enabled": True, "serverSecret": "s", "clientSecret": "c"}),
         at("cells.shape", "pod"),
+        at("gateway.openai.enabled", True),
     ],
-    ids=["all", "layers", "card", "settings", "secrets", "pod"],
+    ids=["all", "layers", "card", "settings", "secrets", "pod", "gateway"],
 )
 def test_what_can_be_is_not_refused(values: Object) -> None:
     assert objects_of(values)

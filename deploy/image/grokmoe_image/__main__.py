@@ -17,6 +17,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "router": ("router",),
     "attention-worker": ("attention_worker",),
     "expert-worker": ("expert_worker",),
+    "gateway": ("launcher.gateway",),
     "serve": ("launcher", "serve"),
     "generate": ("launcher", "generate"),
     "checkpoint": ("launcher", "checkpoint"),

@@ -28,6 +28,24 @@
 - {{ $host | trimPrefix "[" | trimSuffix "]" | printf "--metrics-host=%s" | quote }}
 - --metrics-port={{ .ports.metrics }}
 - --grace={{ .grace }}
+- --log-format={{ .root.Values.logFormat }}
+{{- with .root.Values.tracing.url }}
+- --traces={{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Where spans go, as a rule of egress; empty: nowhere, or tracing.collector is everybody's. */}}
+{{- define "grokmoe.tracingEgress" -}}
+{{- with .Values.tracing }}
+{{- if .url }}
+{{- $host := (urlParse .url).host }}
+- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+- ports: [{port: {{ contains ":" $host | ternary (splitList ":" $host | last) "4317" }}, protocol: TCP}]
+  {{- with .collector }}
+  to: {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* What a worker shows to the router, and wants to see of it. */}}
