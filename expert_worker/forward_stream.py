@@ -172,13 +172,16 @@ class ForwardStream:
             return
         read_at = asyncio.get_running_loop().time()
         await self._slots.acquire()
+        trace = None
+        if self._tracing is not None and request.traceparents:  # before the queue: its time begins here
+            trace = CallTrace(self._tracing, request.traceparents, request.layer, sum(request.counts))
         self._caller = request.caller or self._caller
         future = self._engine.submit(call, self._caller)
         del call  # while the stream is idle it must not keep weights that are to be freed
         self._ids.add(request.request_id)
         if request.timeout_ms:
             _drop_at(future, read_at + request.timeout_ms / 1000)
-        task = asyncio.create_task(self._answer(request, future, pair))
+        task = asyncio.create_task(self._answer(request, future, pair, trace))
         self._pending[task] = future
         task.add_done_callback(self._pending.pop)
 
@@ -193,7 +196,11 @@ class ForwardStream:
         return call
 
     async def _answer(
-        self, request: expert_pb2.ForwardRequest, future: asyncio.Future[ExpertResult], pair: Pair | None
+        self,
+        request: expert_pb2.ForwardRequest,
+        future: asyncio.Future[ExpertResult],
+        pair: Pair | None,
+        trace: CallTrace | None,
     ) -> None:
         """Awaits one result and writes it, or has the pair send its rows if that is where the request's came from.
 
@@ -202,9 +209,6 @@ class ForwardStream:
         between the parts of a large one.
         """
         request_id, result, error_of_trace = request.request_id, None, ""
-        trace = None
-        if self._tracing is not None and request.traceparents:
-            trace = CallTrace(self._tracing, request.traceparents, request.layer, sum(request.counts))
         try:
             try:
                 result = await _result(future)
