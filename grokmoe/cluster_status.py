@@ -92,10 +92,23 @@ class Rebalance:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Worker:
-    """One worker as the router sees it. Experts are an expert worker's, KV pages an attention worker's.
+class PipelineStage:
+    """An attention worker that holds the layers from `layer_begin` to before `layer_end`."""
 
-    held, loading: experts and their layers. rows_per_second: rows that it was given lately.
+    address: str
+    layer_begin: int
+    layer_end: int
+    device: str
+    incarnation: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker as the router sees it; a pipeline of attention workers counts as one. Experts are an expert worker's,
+    KV pages an attention worker's.
+
+    held, loading: experts and their layers. rows_per_second: rows that it was given lately. stages: a pipeline's, in
+    the order of their layers; empty: it holds all layers, or has not joined yet.
     """
 
     role: WorkerRole
@@ -111,6 +124,7 @@ class Worker:
     held: tuple[ExpertRange, ...] = ()
     loading: tuple[ExpertRange, ...] = ()
     rows_per_second: float = 0.0
+    stages: tuple[PipelineStage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,6 +189,7 @@ def read_status(message: control.GetStatusResponse) -> Status:
             experts=tuple(worker.experts),
             held=_read_ranges(worker.held),
             loading=_read_ranges(worker.loading),
+            stages=tuple(read_fields(PipelineStage, stage) for stage in worker.stages),
         )
         for worker in message.workers
     )

@@ -118,6 +118,7 @@ def as_json(model: ModelInfo, now: Status, found: Rates) -> dict[str, object]:
                 "used_pages": worker.used_pages,
                 "rows_per_second": worker.rows_per_second,
                 "experts": list(worker.experts),
+                "stages": [dataclasses.asdict(stage) for stage in worker.stages],
             }
             for worker in now.workers
         ],

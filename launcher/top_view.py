@@ -73,12 +73,15 @@ def _workers(status: Status) -> Table:
             "" if is_expert else f"{worker.used_pages}/{worker.num_pages}",
             f"{worker.rows_per_second:.0f}" if is_expert else "",
             Text(_holds(worker)),
-            Text(worker.address),
+            Text(" ".join(stage.address for stage in worker.stages) or worker.address),
         )
     return table
 
 
 def _holds(worker: Worker) -> str:
+    """Experts, or the layers of a pipeline's stages in the order of their addresses."""
+    if worker.stages:
+        return "layers " + " ".join(f"{stage.layer_begin}-{stage.layer_end - 1}" for stage in worker.stages)
     held = describe_ranges(worker.held) or ",".join(map(str, worker.experts))
     loading = describe_ranges(worker.loading)
     return f"{held} loads {loading}" if loading else held

@@ -14,11 +14,11 @@ from grokmoe.role import run_role
 from grokmoe.server import ServerSettings, run
 from grokmoe.telemetry import RouterMetrics, new_registry
 from router.config import RouterSettings
-from router.discovery import Sources
+from router.discovery import Sources, pipelines
 from router.loading import build_engine, build_services, expose, load_model
 from router.membership import Membership
 from router.status_page import status_pages
-from router.transport.grpc_attention import GrpcAttentionLink
+from router.transport.grpc_attention import attention_link
 from router.transport.pair_expert import expert_links
 from router.transport.worker_access import WorkerAccess
 
@@ -43,13 +43,13 @@ async def serve(settings: RouterSettings, server: ServerSettings) -> None:
         raise ConfigError("experts is empty: name at least one expert worker")
     model, registry, access = load_model(settings), new_registry(), WorkerAccess(settings)
     metrics = RouterMetrics(registry)
-    sources = Sources(settings.attention), Sources(settings.experts)
+    sources = Sources(settings.attention, pipelines), Sources(settings.experts)
     attention, experts = [await each.first(settings.join_timeout) for each in sources]
-    attention_link, expert_link = partial(GrpcAttentionLink, access=access), expert_links(settings, access, metrics)
-    attention_links, links = [attention_link(each) for each in attention], [expert_link(each) for each in experts]
+    open_attention, open_expert = partial(attention_link, access=access), expert_links(settings, access, metrics)
+    attention_links, links = [open_attention(each) for each in attention], [open_expert(each) for each in experts]
     engine = build_engine(model, settings, attention_links, metrics, links)
     expose(registry, model, engine, settings)
-    membership = Membership(engine, (sources[0], attention), (sources[1], experts), attention_link, expert_link)
+    membership = Membership(engine, (sources[0], attention), (sources[1], experts), open_attention, open_expert)
 
     async def join() -> None:
         await engine.start(say)

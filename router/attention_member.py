@@ -89,7 +89,8 @@ class AttentionMember(abc.ABC):
         if info.dtype != self._dtype:
             raise ConfigError(f"{self.name} computes in {info.dtype}, expected {self._dtype}")
         if (info.layer_begin, info.layer_end) != (0, self._config.num_layers):
-            raise ConfigError(f"{self.name} holds layers {info.layer_begin}-{info.layer_end - 1}, not all of them")
+            last = self._config.num_layers - 1
+            raise ConfigError(f"{self.name} holds layers {info.layer_begin}-{info.layer_end - 1}, not all of 0-{last}")
         if info.is_draining:
             raise Unavailable(f"{self.name} is about to end", reason=Reason.SHUTTING_DOWN)
         self._num_misses = 0

@@ -99,9 +99,11 @@ class RouterSettings(RemoteExpertSettings, LimitSettings):
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type the workers compute in", choices=("float32", "bfloat16"))
     model_name: str = setting("", "name the model is served under; empty: the directory's name")
-    attention: tuple[str, ...] = setting([], WORKERS.format("attention"), metavar="ADDRESSES")
+    attention: tuple[str, ...] = setting(
+        [], WORKERS.format("attention") + "; stages of one pipeline with + between them", metavar="ADDRESSES"
+    )
     threads: int = setting(1, "threads of one operation: gating and combining are small")
-    lanes: int = setting(1, "steps in flight per attention worker")
+    lanes: int = setting(1, "steps in flight per attention worker; in a pipeline at least one for each stage")
     min_lane_rows: int = setting(16, "decodes are split over lanes only if each lane gets this many")
     max_migrations: int = setting(5, "times a request may lose its attention worker before it ends with UNAVAILABLE")
     check_interval: float = setting(60.0, "seconds between two checks of all books while idle; 0: never")

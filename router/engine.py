@@ -95,7 +95,7 @@ class Engine:
             self._tell_serving,
         )
         self._intake = Intake(settings.admission, self._register, self._fleet)
-        self._num_cells_ever = 0
+        self._num_cells_ever = self._num_lanes_ever = 0
         self._was_serving = False
         self._checking: asyncio.Task[None] | None = None
         self.report = StepReport(metrics, self.cells, counter)
@@ -107,8 +107,10 @@ class Engine:
             pool.on_change.append(self._tell_serving)
 
     def _enlist(self, link: AttentionLink) -> AttentionCell:
-        index, first_lane = self._num_cells_ever, self._num_cells_ever * self.settings.scheduler.num_lanes
-        self._num_cells_ever += 1
+        index, first_lane = self._num_cells_ever, self._num_lanes_ever
+        # A step for every stage of a pipeline: with fewer, stages wait for one another.
+        num_lanes = max(self.settings.scheduler.num_lanes, link.num_stages)
+        self._num_cells_ever, self._num_lanes_ever = index + 1, first_lane + num_lanes
         hooks = CellHooks(
             make_hole=lambda lane, legs, deadline: self._make_hole(first_lane + lane, legs, deadline),
             generation_of=self._register.generation_of,
@@ -122,7 +124,8 @@ class Engine:
             others=lambda: self._fleet.others(cell),
             changed=lambda: self._fleet.cell_changed(cell),
         )
-        scheduler, care = self.settings.scheduler, self.settings.care
+        scheduler = dataclasses.replace(self.settings.scheduler, num_lanes=num_lanes)
+        care = self.settings.care
         cell = AttentionCell(index, link, self.config, self._dtype, scheduler, hooks, care, self.faults)
         self._fleet.add(cell)
         return cell

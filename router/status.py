@@ -12,6 +12,7 @@ from grokmoe.v1.expert_pb2 import ExpertRange
 from router.engine import Engine
 from router.experts import ExpertMember, ExpertPool, Phase
 from router.placement import ExpertLayers, pairs_of, ranges_of
+from router.transport.base import PipelineStage
 from router.transport.local import LOCAL
 from router.worker_state import WorkerState
 
@@ -61,8 +62,20 @@ def cluster(engine: Engine) -> pb.GetStatusResponse:
             worker.incarnation, worker.device = cell.info.incarnation, cell.info.device
             worker.num_pages, worker.used_pages = ledger.num_pages, ledger.num_used
             worker.cached_pages = ledger.num_cached
+            worker.stages.extend(_stage(stage) for stage in cell.info.stages)
     _add_experts(engine, answer)
     return answer
+
+
+def _stage(stage: PipelineStage) -> pb.PipelineStage:
+    info = stage.info
+    return pb.PipelineStage(
+        address=stage.address,
+        layer_begin=info.layer_begin,
+        layer_end=info.layer_end,
+        device=info.device,
+        incarnation=info.incarnation,
+    )
 
 
 def _add_experts(engine: Engine, answer: pb.GetStatusResponse) -> None:

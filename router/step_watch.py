@@ -30,12 +30,13 @@ class StepAbandoned(Cancelled):
 
 
 class StepWatch:
-    """The life of one step."""
+    """The life of one step. at: the stage of a pipeline that it is in, by its address; empty: there is none."""
 
     def __init__(self, allowance: Callable[[], float | None], observe: Callable[[float], None]) -> None:
         """allowance: seconds that the worker may take for its next answer; None: as many as the link lets it.
         observe: receives the seconds that every answer took."""
         self._allowance, self._observe = allowance, observe
+        self.at = ""
         self._limit = asyncio.timeout(None)
         self._is_running = self._is_abandoned = False
         self._asked_at: float | None = None
@@ -63,7 +64,7 @@ class StepWatch:
                 raise
             if self._is_abandoned:
                 raise StepAbandoned("nobody wants this step any more") from None
-            raise StepHung(f"the attention worker has not answered for {self._allowed or 0:.2f} s") from None
+            raise StepHung(f"no answer to a step for {self._allowed or 0:.2f} s") from None
         finally:
             self._is_running = False
 
@@ -78,6 +79,13 @@ class StepWatch:
         self._observe(time.monotonic() - self._asked_at)
         self._asked_at = None
         self.rearm()
+
+    def stage_begins(self, address: str) -> None:
+        """Another worker has to answer: the one before has done its part, so its time ends."""
+        if self.at:
+            self.answered()
+            self.asked()
+        self.at = address
 
     def rearm(self) -> None:
         """The allowance may be another one now; it counts from when the worker was asked."""
@@ -102,7 +110,7 @@ class StepWatch:
 
 
 class WatchedHole:
-    """A hole that tells a watch when the worker has answered, and when it is asked again."""
+    """A hole that tells a watch when the worker has answered, and when it, or the next stage, is asked again."""
 
     is_local = can_be_recorded = False
 
@@ -116,6 +124,10 @@ class WatchedHole:
             return await self._hole.fill(layer, x_TD)
         finally:
             self._watch.asked()
+
+    def stage_begins(self, address: str) -> None:
+        """See FollowsStages."""
+        self._watch.stage_begins(address)
 
     def fill_now(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Never: the experts are elsewhere."""

@@ -47,6 +47,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "ModelInfo",
         "Status",
         "Worker",
+        "PipelineStage",
         "WorkerRole",
         "WorkerState",
         "ExpertPlacement",

@@ -106,8 +106,22 @@ class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class PipelineStage(_message.Message):
+    __slots__ = ("address", "layer_begin", "layer_end", "device", "incarnation")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LAYER_END_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    layer_begin: int
+    layer_end: int
+    device: str
+    incarnation: str
+    def __init__(self, address: _Optional[str] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., device: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
+
 class Worker(_message.Message):
-    __slots__ = ("role", "index", "address", "state", "incarnation", "device", "experts", "num_pages", "used_pages", "cached_pages", "held", "loading", "rows_per_second")
+    __slots__ = ("role", "index", "address", "state", "incarnation", "device", "experts", "num_pages", "used_pages", "cached_pages", "held", "loading", "rows_per_second", "stages")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +135,7 @@ class Worker(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     LOADING_FIELD_NUMBER: _ClassVar[int]
     ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     role: WorkerRole
     index: int
     address: str
@@ -134,7 +149,8 @@ class Worker(_message.Message):
     held: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ExpertRange]
     loading: _containers.RepeatedCompositeFieldContainer[_expert_pb2.ExpertRange]
     rows_per_second: float
-    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., held: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., loading: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., rows_per_second: _Optional[float] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[PipelineStage]
+    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., held: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., loading: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., rows_per_second: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[PipelineStage, _Mapping]]] = ...) -> None: ...
 
 class ExpertPlacement(_message.Message):
     __slots__ = ("expert", "workers", "rows", "slice", "num_slices")

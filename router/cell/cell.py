@@ -199,7 +199,7 @@ class AttentionCell(AttentionMember):
         elif outcome.fate is Fate.LOST and outcome.error is not None:
             if outcome.is_unseen:
                 self._flights.end(step)
-            self._lose(info, outcome.error, outcome.is_hung)
+            self._lose(info, outcome.error, outcome.is_hung, watch.at)
         elif is_blamed and self._has_other():
             self._lose(info, Unavailable("it has computed something that is not finite"))
         if outcome.result is not None:
@@ -253,18 +253,21 @@ class AttentionCell(AttentionMember):
         self._hooks.changed()
         self._lanes.open()
 
-    def _lose(self, info: AttentionInfo, error: GrokmoeError, is_hung: bool = False) -> None:
-        """The worker is gone, or is another incarnation: its pages are. Only the first lane to notice acts."""
+    def _lose(self, info: AttentionInfo, error: GrokmoeError, is_hung: bool = False, stage: str = "") -> None:
+        """The worker is gone, or is another incarnation: its pages are. Only the first lane to notice acts.
+
+        stage: of a pipeline, the one that is; who is in another has nothing to do with it. Empty: not known.
+        """
         if info is not self.info or self._is_lost:
             return
         self._is_lost = True
         concerned = about(request_ids=sorted({name for step in self._flights for name in step.request_ids}))
-        logger.warning("%s is lost: %s", self.name, error.message, extra=concerned)
+        logger.warning("%s is lost: %s%s", self.name, stage and f"{stage}: ", error.message, extra=concerned)
         self.counters.losses += 1
         self.counters.hangs += is_hung
         self._lanes.stop()
         self._enter(WorkerEvent.FAILED)
-        chunks = [chunk for step in self._flights for chunk in step.chunks]
+        chunks = [chunk for step in self._flights.steps_at(stage) for chunk in step.chunks]
         self._loss = Loss(chunk.sequence for chunk in chunks if not chunk.sequence.is_over)
         self.counters.migrations += len(self._loss.victims)
         if is_hung and self._loss.victims:

@@ -47,6 +47,10 @@ class Flights:
         """A step is over. False if it was before."""
         return self._watches.pop(step, None) is not None
 
+    def steps_at(self, stage: str) -> list[Step]:
+        """The steps that are in a stage of a pipeline, by its address; empty: all."""
+        return [step for step, watch in self._watches.items() if stage in ("", watch.at)]
+
     def rearm(self) -> None:
         """What an answer may take can be another time now."""
         for watch in self._watches.values():

@@ -106,6 +106,8 @@ def bug_in_step(error: Exception) -> InternalError:
 
 def _check_tokens(step: Step, result: StepResult, vocab_size: int) -> None:
     """Raises Unavailable for a result that no sound worker gives."""
+    if result.hidden_state is not None:
+        raise Unavailable("it gave a hidden state, though it has the last layer")
     num_wanted = sum(chunk.wants_token for chunk in step.chunks)
     if len(result.token_ids) != num_wanted:
         raise Unavailable(f"it drew {len(result.token_ids)} tokens, {num_wanted} were due")

@@ -1,10 +1,16 @@
-"""Lists of addresses: what a file says, and what has changed between two lists. Pure."""
+"""Lists of addresses: what a file says, what has changed between two lists, which workers one entry names. Pure."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
+
+STAGE_JOINT = "+"
+"""Between the addresses of workers that make one pipeline."""
+
+_STAGE = re.compile(r"unix:.+|[^/]+:\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +45,38 @@ def parse_addresses(text: str) -> list[str]:
     else:
         found = [line.partition("#")[0] for line in text.splitlines()]
     return list(dict.fromkeys(address.strip() for address in found if address.strip()))
+
+
+def stages_of(address: str) -> tuple[str, ...]:
+    """The workers that an entry of a list of attention workers names: one, or the stages of a pipeline, `a:1+b:1`.
+
+    Sorted: in whatever order they are named, it is the same pipeline. Raises ValueError for a stage that is no address
+    of one worker, or is named twice.
+    """
+    stages = [stage.strip() for stage in address.split(STAGE_JOINT)]
+    if len(stages) == 1:
+        return (address.strip(),)
+    for stage in stages:
+        if not _STAGE.fullmatch(stage):
+            raise ValueError(
+                f"{address}: stages of a pipeline are named one by one, host:port or unix:/path, with {STAGE_JOINT} "
+                f"between them; {stage!r} is none"
+            )
+    if len(set(stages)) < len(stages):
+        raise ValueError(f"{address}: names a stage twice")
+    return tuple(sorted(stages))
+
+
+def pipelines(addresses: Iterable[str]) -> list[str]:
+    """Entries of a list of attention workers, each written the one way that it is known by; see `stages_of`.
+
+    Raises ValueError also for a worker that two of them name: it can be in one pipeline only.
+    """
+    found = list(dict.fromkeys(STAGE_JOINT.join(stages_of(address)) for address in addresses))
+    named: dict[str, str] = {}
+    for entry in found:
+        for stage in stages_of(entry):
+            if stage in named:
+                raise ValueError(f"{stage} is in {named[stage]} and in {entry}")
+            named[stage] = entry
+    return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from grokmoe.errors import ConfigError, Unavailable
-from router.discovery.addresses import parse_addresses
+from router.discovery.addresses import STAGE_JOINT, parse_addresses
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,9 @@ INTERVAL = 1.0
 
 RESOLVE_TIMEOUT = 5.0
 """Seconds for a resolver to answer."""
+
+ReadEntries = Callable[[Iterable[str]], list[str]]
+"""Addresses as somebody wrote them -> as they are known. Raises ValueError for one that cannot be."""
 
 
 class StaticSource:
@@ -39,6 +42,11 @@ class DnsSource:
 
     def __init__(self, target: str) -> None:
         """target: `name:port`. Raises ConfigError when it is not."""
+        if STAGE_JOINT in target:
+            raise ConfigError(
+                f"{DNS_SCHEME}{target}: a name stands for workers that each hold all layers; stages of a pipeline are "
+                f"named one by one, host:port{STAGE_JOINT}host:port"
+            )
         name, _, port = target.rpartition(":")
         if not name or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(f"{DNS_SCHEME}{target}: must be {DNS_SCHEME}name:port")
@@ -55,8 +63,8 @@ class DnsSource:
 class FileSource:
     """A file that is read again when it is another one or was written to."""
 
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str, read: ReadEntries = list) -> None:
+        self._path, self._read_entries = Path(path), read
         self._seen: tuple[int, int, int] | None = None
         self._found: list[str] = []
 
@@ -69,16 +77,23 @@ class FileSource:
         status = self._path.stat()
         mark = (status.st_mtime_ns, status.st_ino, status.st_size)
         if mark != self._seen:
-            self._found, self._seen = parse_addresses(self._path.read_text()), mark
+            self._found, self._seen = self._read_entries(parse_addresses(self._path.read_text())), mark
         return self._found
 
 
 class Sources:
     """Several sources as one list, in their order."""
 
-    def __init__(self, entries: Sequence[str]) -> None:
-        """entries: as in a setting, see above. Raises ConfigError for one that cannot be."""
-        self._by_entry = {entry: _source(entry) for entry in entries}
+    def __init__(self, entries: Sequence[str], read: ReadEntries = list) -> None:
+        """entries: as in a setting, see above. read: what is made of addresses given one by one or in a file.
+
+        Raises ConfigError for one that cannot be.
+        """
+        try:
+            self._by_entry = {entry: _source(entry, read) for entry in entries}
+            read(entry for entry in entries if isinstance(self._by_entry[entry], StaticSource))  # do they go together?
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._found: dict[str, list[str]] = {}
         self._trouble: dict[str, str] = {}
 
@@ -121,9 +136,9 @@ class Sources:
             raise Unavailable(f"no address within {timeout:g} s from {silent}") from None
 
 
-def _source(entry: str) -> StaticSource | DnsSource | FileSource:
+def _source(entry: str, read: ReadEntries) -> StaticSource | DnsSource | FileSource:
     if entry.startswith(DNS_SCHEME):
         return DnsSource(entry.removeprefix(DNS_SCHEME))
     if entry.startswith(FILE_SCHEME):
-        return FileSource(entry.removeprefix(FILE_SCHEME))
-    return StaticSource(entry)
+        return FileSource(entry.removeprefix(FILE_SCHEME), read)
+    return StaticSource(*read([entry]))

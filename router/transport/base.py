@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -19,7 +19,10 @@ from router.placement import ExpertLayers
 
 @dataclasses.dataclass(frozen=True)
 class AttentionInfo:
-    """What an attention worker says of itself. is_draining: it is about to end and refuses new plans."""
+    """What an attention worker says of itself, or a pipeline of several (router/transport/pipeline.py).
+
+    is_draining: it is about to end and refuses new plans. stages: a pipeline's, in the order of their layers.
+    """
 
     config_hash: str
     incarnation: str
@@ -32,6 +35,15 @@ class AttentionInfo:
     max_step_tokens: int
     device: str
     is_draining: bool = False
+    stages: tuple[PipelineStage, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineStage:
+    """One attention worker of a pipeline."""
+
+    address: str
+    info: AttentionInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +115,26 @@ class Hole(Protocol):
         """The same while loops are recorded (`grokmoe.recording`)."""
 
 
+@runtime_checkable
+class FollowsStages(Protocol):
+    """A hole that is told when a step goes on to another stage of a pipeline."""
+
+    def stage_begins(self, address: str) -> None:
+        """The stage at this address has to answer now; the one before has done its part."""
+
+
 class StepNotBegun(Unavailable):
     """The worker is lost, and has never seen the plan: the step can have nothing to do with it."""
 
 
 class AttentionLink(Protocol):
-    """A way to one attention worker."""
+    """A way to one attention worker, or to several that make a pipeline.
+
+    num_stages: workers that a step goes through one after another.
+    """
 
     address: str
+    num_stages: int
 
     async def describe(self) -> AttentionInfo:
         """Asks the worker what it is, and takes the lease of its pages or goes on with it.
@@ -119,7 +143,9 @@ class AttentionLink(Protocol):
         """
 
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
-        """Runs one step; `hole` fills the MoE of each layer. One step at a time per lane.
+        """Runs one step; `hole` fills the MoE of each layer held. One step at a time per lane.
+
+        Without the first layer it begins with the plan's hidden state, without the last it ends with the result's.
 
         Raises Unavailable (StepNotBegun) when the worker is lost, or with SHUTTING_DOWN when it is about to end and has
         not begun the step; FailedPrecondition when it has another incarnation than the plan, InvalidRequest when it

@@ -12,9 +12,11 @@ from grokmoe.plan_codec import plan_to_proto, result_from_proto
 from grokmoe.status import from_failure
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.v1 import attention_pb2
+from router.discovery import stages_of
 from router.legs import Legs
-from router.transport.base import AttentionInfo, Hole, StepNotBegun
+from router.transport.base import AttentionInfo, AttentionLink, Hole, StepNotBegun
 from router.transport.grpc_stream import Stream, describe
+from router.transport.pipeline import PipelineLink
 from router.transport.step_answers import StepAnswers
 from router.transport.worker_access import PLAIN, WorkerAccess, new_router_id
 
@@ -27,9 +29,11 @@ HOLE_TIMEOUT = 120.0
 class GrpcAttentionLink:
     """An attention worker at an address. router_id: whose name is on the lease of its pages.
 
-    Every link has its own: a worker that is configured twice is refused the second time, where two ledgers of the same
-    pages would spoil them.
+    Every link has its own, those of one pipeline too: a worker that is configured twice is refused the second time,
+    where two ledgers of the same pages would spoil them.
     """
+
+    num_stages = 1
 
     def __init__(self, address: str, router_id: str | None = None, access: WorkerAccess = PLAIN) -> None:
         self.address, self.router_id = address, router_id or new_router_id()
@@ -78,8 +82,11 @@ class GrpcAttentionLink:
     async def _drive(self, stream: Stream, step_id: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         answers = StepAnswers(step_id, plan, self._info)
         begin = time.perf_counter()
-        plan_message = tensors.encode(attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan)))
-        await _begin(stream, [plan_message])
+        request = attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan))
+        if plan.hidden_state is None:
+            await _begin(stream, [tensors.encode(request)])
+        else:
+            await _begin(stream, tensors.encode_rows(request, plan.hidden_state, "step_id"))
         while True:
             message = None
             while message is None:
@@ -108,6 +115,12 @@ class GrpcAttentionLink:
         for stream in self._lanes.values():
             stream.cancel()
         await self._channel.close(None)
+
+
+def attention_link(address: str, access: WorkerAccess = PLAIN) -> AttentionLink:
+    """A link to what an entry of a list of attention workers names: one, or the stages of a pipeline."""
+    links = [GrpcAttentionLink(stage, access=access) for stage in stages_of(address)]
+    return links[0] if len(links) == 1 else PipelineLink(links)
 
 
 async def _begin(stream: Stream, messages: Iterable[bytes]) -> None:

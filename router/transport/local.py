@@ -52,6 +52,7 @@ class LocalAttentionLink:
     """An attention engine in this process."""
 
     address = LOCAL
+    num_stages = 1
 
     def __init__(self, engine: AttentionEngine, info: AttentionInfo) -> None:
         self._engine, self._info = engine, info

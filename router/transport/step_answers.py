@@ -47,7 +47,7 @@ class StepAnswers:
         if header.HasField("failure"):
             return whole
         if header.HasField("result"):
-            self._check_end()
+            self._check_end(header.result.is_hidden_state, payload)
             return whole
         if header.layer < self._layer:
             return None
@@ -55,18 +55,23 @@ class StepAnswers:
         self._layer += 1
         return whole
 
-    def _check_end(self) -> None:
+    def _check_end(self, is_hidden_state: bool, payload: torch.Tensor | None) -> None:
+        """A hidden state is the residual, float32 whatever the worker computes in."""
         if self._info is not None and self._layer != self._info.layer_end:
             raise Unavailable(f"the worker sent a result before layer {self._layer}")
+        if is_hidden_state:
+            self._check_rows("hidden state", payload, torch.float32)
 
     def _check_input(self, layer: int, x_TD: torch.Tensor | None) -> None:
-        """A MoE input has the step's tokens, and the width and type of all others."""
         if layer != self._layer:
             raise Unavailable(f"the worker sent layer {layer}, layer {self._layer} is due")
+        self._check_rows("MoE input", x_TD, self._info.dtype if self._info else None)
+
+    def _check_rows(self, what: str, x_TD: torch.Tensor | None, dtype: torch.dtype | None) -> None:
+        """A row for each of the step's tokens, of the width and type that all have. dtype: None: not known."""
         if x_TD is None or x_TD.dim() != 2 or x_TD.shape[0] != self._num_tokens:
             shape = None if x_TD is None else list(x_TD.shape)
-            raise Unavailable(f"the worker sent a MoE input of shape {shape} for {self._num_tokens} tokens")
+            raise Unavailable(f"the worker sent a {what} of shape {shape} for {self._num_tokens} tokens")
         expected = self._info.hidden_size if self._info else x_TD.shape[1]
-        dtype = self._info.dtype if self._info else x_TD.dtype
-        if (x_TD.shape[1], x_TD.dtype) != (expected, dtype):
-            raise Unavailable(f"the worker sent a MoE input of width {x_TD.shape[1]} and type {x_TD.dtype}")
+        if (x_TD.shape[1], x_TD.dtype) != (expected, dtype or x_TD.dtype):
+            raise Unavailable(f"the worker sent a {what} of width {x_TD.shape[1]} and type {x_TD.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -148,11 +149,9 @@ def test_a_stage_holds_what_is_its_own() -> None:
 def test_a_stage_from_settings() -> None:
     """It warms up without anything before it, and its memory goes to its own layers."""
     devices = [DeviceThread() for _ in range(2)]
-    settings = AttentionWorkerSettings(str(goldens.DIRECTORY), dtype="float32", kv_gib=0.01, threads=1)
+    settings = AttentionWorkerSettings(model=str(goldens.DIRECTORY), dtype="float32", kv_gib=0.01, threads=1)
     whole, stage = (
-        load_engine(
-            AttentionWorkerSettings(**{**settings.__dict__, "layers": layers}), AttentionMetrics(new_registry()), device
-        )
+        load_engine(dataclasses.replace(settings, layers=layers), AttentionMetrics(new_registry()), device)
         for layers, device in zip(("all", "2"), devices, strict=True)
     )
     try:

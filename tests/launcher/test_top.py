@@ -85,6 +85,7 @@ def test_what_is_drawn() -> None:
     assert lines[0][0] == "tiny"
     assert ["expert", "1", "suspect", "12", "0@0-1", "1@1", "loads", "1@0", "e:1"] in lines
     assert ["attention", "0", "ready", "4/10", "a:1"] in lines
+    assert ["attention", "1", "ready", "0/20", "layers", "0-0", "1-1", "q:1", "p:1"] in lines
     assert ["0", "100", "█" * 24, "0"] in lines
     assert ["1", "50", "█" * 12, "1"] in lines
     assert ["2", "0", "0"] in lines
@@ -98,6 +99,7 @@ def test_once(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["model"] == "tiny"
     assert [worker["state"] for worker in told["workers"]][:2] == ["ready", "suspect"]
+    assert [stage["layer_begin"] for stage in told["workers"][2]["stages"]] == [0, 1]
     assert told["steps"] == 0
 
 

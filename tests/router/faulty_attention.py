@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import enum
 from collections.abc import Mapping
+from typing import Any
 
 from grokmoe.errors import FailedPrecondition, Reason, Unavailable
 from grokmoe.step_plan import StepPlan, StepResult
@@ -34,15 +35,18 @@ class Fault(enum.Enum):
 class FaultyAttention:
     """A link. faults: number of the step -> what happens at it; `always`: at every step, for good.
 
-    is_up: whether it can be reached; None: it is silent. `incarnations`: those it was described as.
+    is_up: whether it can be reached; None: it is silent. `incarnations`: those it was described as. sizes: of
+    `attention_engine`.
     """
+
+    num_stages = 1
 
     def __init__(
         self,
         faults: Mapping[int, Fault] | None = None,
         always: Fault | None = None,
         address: str = "faulty",
-        **sizes: int,
+        **sizes: Any,
     ) -> None:
         self.address = address
         self.faults, self.always = dict(faults or {}), always
@@ -95,6 +99,8 @@ class FaultyAttention:
             raise Unavailable("died")
         if fault is Fault.NAN:
             place = number % len(plan.chunks)
+            if result.hidden_state is not None:
+                return dataclasses.replace(result, faulty_chunks=(place,))
             drawn = iter(result.token_ids)
             tokens = [(each, next(drawn)) for each, chunk in enumerate(plan.chunks) if chunk.sampling is not None]
             token_ids = tuple(7 if each == place else token_id for each, token_id in tokens)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grokmoe.errors import ConfigError, Unavailable
-from router.discovery import Changes, Discovery, Sources, changes, parse_addresses
+from router.discovery import Changes, Discovery, Sources, changes, parse_addresses, pipelines, stages_of
 from tests.router.tiny import until
 
 ADDRESSES = st.lists(st.sampled_from("abcdefgh"), max_size=12)
@@ -56,6 +56,64 @@ def test_contents_that_are_no_list(text: str) -> None:
 @given(st.lists(st.from_regex(r"[a-z]{1,8}:[0-9]{1,4}", fullmatch=True), unique=True))
 def test_both_forms_of_a_file_say_the_same(addresses: list[str]) -> None:
     assert parse_addresses(json.dumps(addresses)) == parse_addresses("\n".join(addresses)) == addresses
+
+
+class TestPipelines:
+    @pytest.mark.parametrize(
+        ("entry", "stages"),
+        [
+            ("a:1", ("a:1",)),
+            ("unix:/a", ("unix:/a",)),
+            ("b:1+a:1", ("a:1", "b:1")),
+            (" unix:/b + unix:/a ", ("unix:/a", "unix:/b")),
+            ("[fd00::1]:7+10.0.0.1:7+a-0.b.svc:7", ("10.0.0.1:7", "[fd00::1]:7", "a-0.b.svc:7")),
+        ],
+    )
+    def test_the_stages_of_an_entry(self, entry: str, stages: tuple[str, ...]) -> None:
+        assert stages_of(entry) == stages
+
+    @pytest.mark.parametrize(
+        ("entry", "words"),
+        [
+            ("a:1+", "'' is none"),
+            ("a:1++b:1", "'' is none"),
+            ("a+b:1", "'a' is none"),
+            ("a:1+dns:///b:1", "'dns:///b:1' is none"),
+            ("a:1+file:/b:1", "'file:/b:1' is none"),
+            ("unix:/in+a/folder", "'a/folder' is none"),
+            ("a:1+b:1+a:1", "names a stage twice"),
+        ],
+    )
+    def test_what_is_no_pipeline(self, entry: str, words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            stages_of(entry)
+        with pytest.raises(ConfigError, match=words):
+            Sources([entry], pipelines)
+
+    def test_a_worker_is_in_one_pipeline_only(self) -> None:
+        assert pipelines(["b:1+a:1", "c:1", "a:1+b:1"]) == ["a:1+b:1", "c:1"], "the same one twice is one"
+        with pytest.raises(ConfigError, match=r"b:1 is in a:1\+b:1 and in b:1\+c:1"):
+            Sources(["a:1+b:1", "b:1+c:1"], pipelines)
+        with pytest.raises(ValueError, match=r"b:1 is in a:1\+b:1 and in b:1"):
+            pipelines(["a:1+b:1", "b:1"])
+
+    def test_names_stand_for_whole_workers(self) -> None:
+        with pytest.raises(ConfigError, match=r"stages of a pipeline are named one by one"):
+            Sources(["dns:///a:1+dns:///b:1"], pipelines)
+
+    def test_a_file_of_pipelines(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path = tmp_path / "workers"
+        path.write_text("# two\nb:1+a:1\nc:1+d:1\n")
+        sources = Sources([f"file:{path}", "e:1"], pipelines)
+        assert find(sources) == ["a:1+b:1", "c:1+d:1", "e:1"]
+        path.write_text("a:1 + b:1\nc:1+d:1\n")
+        assert find(sources) == ["a:1+b:1", "c:1+d:1", "e:1"], "in whatever order stages are named"
+        for trouble in ("a:1+b:1\nb:1+c:1\n", "a:1+\n"):
+            path.write_text(trouble)
+            assert find(sources) == ["a:1+b:1", "c:1+d:1", "e:1"], "what cannot be changes nothing"
+        assert "b:1 is in a:1+b:1 and in b:1+c:1" in caplog.text
+        path.write_text("d:1+c:1\n")
+        assert find(sources) == ["c:1+d:1", "e:1"]
 
 
 def find(sources: Sources) -> list[str]:

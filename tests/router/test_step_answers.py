@@ -88,6 +88,35 @@ def test_what_no_sound_worker_sends(messages: list[bytes], words: str) -> None:
         taken.take(last)
 
 
+HIDDEN = pb.StepResponse(step_id=STEP, result=pb.StepResult(is_hidden_state=True))
+
+
+def test_a_hidden_state_is_float32_whatever_the_worker_computes_in() -> None:
+    taken = answers(dataclasses.replace(INFO, dtype=torch.bfloat16, layer_begin=1))
+    assert taken.take(layer(1, dtype=torch.bfloat16)) is not None
+    whole = taken.take(tensors.encode(HIDDEN, torch.ones(3, 4)))
+    assert whole is not None
+    assert whole[0].result.is_hidden_state
+    assert torch.equal(whole[1], torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words"),
+    [
+        (None, "hidden state of shape None for 3 tokens"),
+        (torch.zeros(2, 4), "for 3 tokens"),
+        (torch.zeros(3, 5), "width 5"),
+        (torch.zeros(12), r"shape \[12\]"),
+        (torch.zeros(3, 4, dtype=torch.bfloat16), "bfloat16"),
+    ],
+)
+def test_hidden_states_that_cannot_be(hidden: torch.Tensor | None, words: str) -> None:
+    taken = answers(dataclasses.replace(INFO, layer_end=1))
+    assert taken.take(layer(0)) is not None
+    with pytest.raises(Unavailable, match=words):
+        taken.take(tensors.encode(HIDDEN, hidden))
+
+
 def test_a_failure_may_come_at_any_time() -> None:
     failure = tensors.encode(pb.StepResponse(step_id=STEP, failure={"code": 13, "message": "ouch"}))
     whole = answers().take(failure)

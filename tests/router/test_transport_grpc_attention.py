@@ -32,14 +32,14 @@ pytestmark = pytest.mark.usefixtures("both_streams")
 
 
 class Worker:
-    """An attention worker's server on a Unix socket."""
+    """An attention worker's server on a Unix socket. sizes: of its engine."""
 
-    def __init__(self, path: Path, name: str = "a", release: float = 0.2) -> None:
+    def __init__(self, path: Path, name: str = "a", release: float = 0.2, **sizes: Any) -> None:
         self.address = f"unix:{path}/{name}"
-        self._release = release
+        self._release, self._sizes = release, sizes
 
     async def start(self) -> Worker:
-        self.engine = attention_engine()
+        self.engine = attention_engine(**self._sizes)
         self.service = AttentionService(self.engine, Lease(self.engine.incarnation, 30.0, self._release))
         self.server = RoleServer([self.service.as_service()])
         await self.server.start(self.address)

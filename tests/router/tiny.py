@@ -45,9 +45,9 @@ TIMEOUT = 30.0
 
 
 @functools.cache
-def attention_weights() -> AttentionWeights:
+def attention_weights(held: range) -> AttentionWeights:
     with Checkpoint.open(goldens.DIRECTORY) as checkpoint:
-        return load_weights(checkpoint, DTYPE, torch.device("cpu"))
+        return load_weights(checkpoint, DTYPE, torch.device("cpu"), held=held)
 
 
 @functools.cache
@@ -75,13 +75,15 @@ def device() -> DeviceThread:
     return thread
 
 
-def attention_engine(num_pages: int = 64, max_step_tokens: int = 512, page_size: int = PAGE_SIZE) -> AttentionEngine:
-    """A worker just started: nothing in its cache, and an incarnation of its own."""
+def attention_engine(
+    num_pages: int = 64, max_step_tokens: int = 512, page_size: int = PAGE_SIZE, held: range = range(CONFIG.num_layers)
+) -> AttentionEngine:
+    """A worker just started: nothing in its cache, and an incarnation of its own. held: its layers."""
     sizes = AttentionEngineSettings(num_pages, page_size, max_step_tokens)
-    return AttentionEngine(CONFIG, attention_weights(), sizes, AttentionMetrics(new_registry()), device())
+    return AttentionEngine(CONFIG, attention_weights(held), sizes, AttentionMetrics(new_registry()), device())
 
 
-def attention_link(**sizes: int) -> LocalAttentionLink:
+def attention_link(**sizes: Any) -> LocalAttentionLink:
     engine = attention_engine(**sizes)
     return LocalAttentionLink(engine, describe(engine))
 
@@ -93,8 +95,9 @@ class RestartingAttention:
     """
 
     address = "restarting"
+    num_stages = 1
 
-    def __init__(self, dies_at: Iterable[int], returns: bool = True, **sizes: int) -> None:
+    def __init__(self, dies_at: Iterable[int], returns: bool = True, **sizes: Any) -> None:
         self.num_steps = 0
         self.incarnations: list[str] = []
         self._dies_at, self._returns, self._sizes = set(dies_at), returns, sizes

@@ -77,6 +77,17 @@ STATUS = control_pb2.GetStatusResponse(
             loading=[expert_pb2.ExpertRange(expert=1, layer_end=1)],
             rows_per_second=12.5,
         ),
+        control_pb2.Worker(
+            role=control_pb2.WORKER_ROLE_ATTENTION,
+            index=1,
+            address="p:1+q:1",
+            state=control_pb2.WORKER_STATE_READY,
+            num_pages=20,
+            stages=[
+                control_pb2.PipelineStage(address="q:1", layer_end=1, device="cpu", incarnation="j"),
+                control_pb2.PipelineStage(address="p:1", layer_begin=1, layer_end=2, device="cuda:0", incarnation="k"),
+            ],
+        ),
         control_pb2.Worker(role=77, state=78),  # from a newer server
     ],
     placement=[control_pb2.ExpertPlacement(expert=1, workers=[1, 0], rows=99)],

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import grokmoe
-from grokmoe import AsyncClient, Client, FinishReason, results
+from grokmoe import AsyncClient, Client, FinishReason, PipelineStage, results
 from grokmoe.client import GENERATE_TIMEOUT
 from tests.shared.client_calls import Ask, ask_async, ask_sync, in_background
 from tests.shared.fake_generation import ERRORS, FakeServer
@@ -97,10 +97,15 @@ def test_model_and_status(server: FakeServer, ask: Ask) -> None:
     assert [(worker.role, worker.state) for worker in status.workers] == [
         ("attention", "ready"),
         ("expert", "suspect"),
+        ("attention", "ready"),
         ("unknown", "unknown"),
     ]
     assert status.workers[1].experts == (0, 1)
     assert status.workers[0].used_pages == 4
+    assert status.workers[2].stages == (
+        PipelineStage("q:1", 0, 1, "cpu", "j"),
+        PipelineStage("p:1", 1, 2, "cuda:0", "k"),
+    )
     assert status.placement == (grokmoe.ExpertPlacement(1, (1, 0), 99),)
     assert status.legs == (grokmoe.LegLatency("wire", 0.5, 6),)
     assert (status.waiting, status.running, status.steps, status.preemptions) == (1, 2, 3, 4)

@@ -34,6 +34,7 @@ from tests.shared.fake_generation import VOCAB_SIZE, FakeServer
         (results.Tokens, pb.TokenizeResponse),
         (results.ModelInfo, pb.GetModelResponse),
         (cluster_status.Worker, control_pb2.Worker),
+        (cluster_status.PipelineStage, control_pb2.PipelineStage),
         (cluster_status.ExpertPlacement, control_pb2.ExpertPlacement),
         (cluster_status.LegLatency, control_pb2.LegLatency),
         (cluster_status.Status, control_pb2.GetStatusResponse),
