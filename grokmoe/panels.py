@@ -97,13 +97,13 @@ def _pack(element: Any) -> Any:
 
 @loop(grain=1)
 def _product(element: Any) -> Any:
-    """Blocks of x_NI, panels -> y_NO."""
+    """Blocks of x_NI, panels -> y_NO, whose type is `element`."""
 
     @entry
     def run(params: Any) -> None:
         size, N, num_in, num_out = params[0], params[2], params[3], params[4]
         x, weight = params[5], params[6]
-        y_NO = array(np.uint16, params[7], (N, num_out))
+        y_NO = array(element, params[7], (N, num_out))
         sums = np.empty((MOST_ROWS, PANEL), np.float32)
         P, blocks = (num_out + PANEL - 1) // PANEL, num_blocks(N)
         at_once = rows_per_group(num_in) // MOST_ROWS
@@ -153,14 +153,14 @@ class PanelLinear:
     A row's result does not depend on the rows beside it, nor on the number of threads.
     """
 
-    __slots__ = ("dtype", "in_features", "out_features", "panels")
+    __slots__ = ("dtype", "in_features", "out_dtype", "out_features", "panels")
 
     is_loops = True
 
-    def __init__(self, weight_OI: torch.Tensor) -> None:
-        """weight_OI: as in the checkpoint; see `can_use_panels`."""
+    def __init__(self, weight_OI: torch.Tensor, out_dtype: torch.dtype | None = None) -> None:
+        """weight_OI: as in the checkpoint; see `can_use_panels`. out_dtype: of y, float32; None: the weight's."""
         self.out_features, self.in_features = weight_OI.shape
-        self.dtype = weight_OI.dtype
+        self.dtype, self.out_dtype = weight_OI.dtype, out_dtype or weight_OI.dtype
         assert can_use_panels(self.dtype, self.in_features)
         self.panels = to_panels(weight_OI)
 
@@ -179,11 +179,11 @@ class PanelLinear:
     def __call__(self, x_NI: torch.Tensor) -> torch.Tensor:
         """x_NI -> y_NO, new."""
         num_rows = len(x_NI)
-        y_NO = x_NI.new_empty(num_rows, self.out_features)
+        y_NO = x_NI.new_empty(num_rows, self.out_features, dtype=self.out_dtype)
         if num_rows:
             blocks, num_in = pack_blocks(x_NI, torch.tensor((num_rows,))), self.in_features
             _product(
-                self.dtype, num_groups(num_rows, num_in) * len(self.panels), 0, num_rows, num_in, self.out_features,
+                self.out_dtype, num_groups(num_rows, num_in) * len(self.panels), 0, num_rows, num_in, self.out_features,
                 blocks, self.panels, y_NO, grain=grain(num_rows, num_in),
             )  # fmt: skip
         return y_NO

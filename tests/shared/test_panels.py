@@ -12,6 +12,8 @@ from grokmoe.native import has_dots
 from grokmoe.packed_linear import PackedLinear
 from grokmoe.panels import PanelLinear, can_use_panels, num_groups, pack_blocks, to_panels
 
+HALVES = slice(0, 32), slice(32, 64)
+
 needs_dots = pytest.mark.skipif(not has_dots(), reason="this CPU has no dot products of bfloat16")
 
 
@@ -51,6 +53,31 @@ def test_it_is_the_product(num_rows: int, num_in: int, num_out: int) -> None:
     y_NO = PanelLinear(weight_OI)(x_NI)
     assert y_NO.shape == (num_rows, num_out)
     torch.testing.assert_close(y_NO.float(), x_NI.float() @ weight_OI.float().T, rtol=8e-3, atol=1e-3)
+
+
+@needs_dots
+def test_a_part_of_a_sum_is_not_rounded() -> None:
+    """Two halves of the inputs, added up in float32, are as near to the product as float32 is."""
+    weight_OI, x_NI = weight(70, 64), draw(13, 64)
+    halves = [PanelLinear(weight_OI[:, part].contiguous(), torch.float32)(x_NI[:, part]) for part in HALVES]
+    assert [half.dtype for half in halves] == [torch.float32] * 2
+    exact_NO = x_NI.double() @ weight_OI.double().T
+    assert (halves[0] + halves[1] - exact_NO).abs().max() < 1e-5
+    # Rounded before, they would not be.
+    assert (halves[0].bfloat16() + halves[1].bfloat16() - exact_NO).abs().max() > 1e-3
+    whole = PanelLinear(weight_OI)
+    assert torch.equal(PanelLinear(weight_OI, torch.float32)(x_NI).bfloat16(), whole(x_NI))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_part_is_float32_on_every_path(dtype: torch.dtype, deterministic: bool) -> None:
+    for num_in in (60, 64):  # by panels the second only
+        weight_OI, x_NI = weight(24, num_in).to(dtype), draw(5, num_in).to(dtype)
+        part = new_linear(weight_OI, deterministic, is_part=True)
+        assert part(x_NI).dtype is torch.float32
+        assert part(x_NI[:0]).dtype is torch.float32
+        assert torch.equal(part(x_NI).to(dtype), new_linear(weight_OI, deterministic)(x_NI))
 
 
 @needs_dots
