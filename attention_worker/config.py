@@ -7,6 +7,7 @@ import math
 import re
 
 from grokmoe.errors import ConfigError
+from grokmoe.server import MAX_PORT
 from grokmoe.settings import setting
 from grokmoe.tracing import ExportSettings
 
@@ -26,21 +27,56 @@ class AttentionWorkerSettings(ExportSettings):
     threads: int = setting(0, "threads of one operation; 0: torch's choice")
     deterministic: bool = setting(False, "a sequence's bits never depend on its company; checked at start")
     page_size: int = setting(32, "positions per KV page")
-    kv_gib: float = setting(1.0, "memory for KV pages in GiB; at least one sequence of full context gets room")
+    kv_gib: float = setting(
+        1.0, "memory for KV pages in GiB, of each rank; one sequence of full context always gets room"
+    )
     num_pages: int = setting(0, "KV pages; 0: as many as fit into --kv-gib")
     max_step_tokens: int = setting(2048, "most tokens in one step; a plan with more is refused")
     lease_seconds: float = setting(10.0, "seconds of silence after which another router may take the KV pages")
+    tensor_parallel: int = setting(1, "ranks, processes that share out the heads and the vocabulary", metavar="T")
+    rank: int = setting(0, "which of the ranks this is; 0 serves, the others do as it does", metavar="R")
+    rendezvous: str = setting(
+        "",
+        "host:port at which the ranks meet, where rank 0 listens; empty: rank 0 starts the others, on its own host",
+        metavar="ADDRESS",
+    )
+    rank_timeout: float = setting(10.0, "seconds that a rank may be behind the others; the worker ends then")
 
     def __post_init__(self) -> None:
         self.check_traces()
-        for name, least in (("threads", 0), ("page_size", 1), ("num_pages", 0), ("max_step_tokens", 1)):
+        for name, least in (
+            ("threads", 0),
+            ("page_size", 1),
+            ("num_pages", 0),
+            ("max_step_tokens", 1),
+            ("tensor_parallel", 1),
+        ):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
-        for name in ("kv_gib", "lease_seconds"):
+        for name in ("kv_gib", "lease_seconds", "rank_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}, must be finite and above 0")
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        if not 0 <= self.rank < self.tensor_parallel:
+            raise ConfigError(
+                f"rank is {self.rank}, tensor_parallel {self.tensor_parallel}: must be from 0 to below it"
+            )
+        if self.rendezvous:
+            host, _, port = self.rendezvous.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) <= MAX_PORT:
+                raise ConfigError(f"rendezvous is {self.rendezvous!r}, must be host:port")
+        elif self.rank:
+            raise ConfigError(f"rank is {self.rank}, and rendezvous is missing: where it meets rank 0")
+
+    @property
+    def rendezvous_host_port(self) -> tuple[str, int]:
+        """For ranks on several hosts."""
+        host, _, port = self.rendezvous.rpartition(":")
+        return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def parse_layers(spec: str, num_layers: int) -> range:

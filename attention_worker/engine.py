@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ from attention_worker.logit_rows import LogitRows
 from attention_worker.model import Forward, Model
 from attention_worker.plan_check import PlanCheck
 from attention_worker.recorded_steps import Fill, RecordedSteps, can_be_recorded
+from attention_worker.sharding import WHOLE, Sharding, most_kv_heads
 from attention_worker.stages import StageClock, no_time
 from attention_worker.step_batch import StepBatch
 from attention_worker.step_output import step_result
@@ -173,10 +174,19 @@ def _result(
     return dataclasses.replace(step_result(chunks, rows, last), faulty_chunks=faulty)
 
 
-class AttentionEngine:
-    """One attention worker's model, cache and device thread.
+Lead = Callable[[StepPlan, Forward], Forward]
+"""Gives the same forward back, computed by all ranks of the worker as this one computes it."""
 
-    held: the numbers of the layers that it computes. recorded: programs of decode steps, if there can be any.
+
+def _alone(plan: StepPlan, forward: Forward) -> Forward:
+    return forward
+
+
+class AttentionEngine:
+    """One attention worker's model, cache and device thread, or those of one of its ranks.
+
+    held: the numbers of the layers that it computes. num_ranks: that each of them is shared out among. recorded:
+    programs of decode steps, if there can be any.
     """
 
     def __init__(
@@ -186,22 +196,26 @@ class AttentionEngine:
         settings: AttentionEngineSettings,
         metrics: AttentionMetrics,
         device: DeviceThread,
+        sharding: Sharding = WHOLE,
+        lead: Lead = _alone,
     ) -> None:
+        """sharding: for more than one rank; lead: for the first of them."""
         self.config, self.settings, self.device = config, settings, device
+        self.num_ranks = weights.shard.size
         self.dtype, self.torch_device, self.held = weights.dtype, weights.device, weights.held
         self.metrics = metrics
         self.cache = KVCache(
             len(self.held),
             settings.num_pages,
             settings.page_size,
-            config.num_kv_heads,
+            len(weights.shard.kv_heads),
             config.head_dim,
             self.dtype,
             self.torch_device,
         )
         metrics.kv_bytes.set(self.cache.bytes)
         metrics.queue.set_function(lambda: device.num_waiting)
-        self._model = Model(config, weights, self.cache)
+        self._model, self._lead = Model(config, weights, self.cache, sharding), lead
         self.recorded: RecordedSteps | None = None
         if self._model.can_be_recorded and not settings.enforce_eager:
             max_pages = -(-config.context_length // settings.page_size)
@@ -225,7 +239,8 @@ class AttentionEngine:
         hidden_TD = None
         if self.held.start:
             hidden_TD = torch.zeros(sum(len(chunk.token_ids) for chunk in chunks), self.config.hidden_size)
-        forward = self._forward(StepBatch.build(chunks, self.settings.page_size), rows, hidden_TD)
+        plan = StepPlan(self.incarnation, chunks, hidden_TD)
+        forward = self._lead(plan, self._forward(plan, self._batch(plan), rows))
         x_TD = next(forward)
         try:
             while True:
@@ -256,8 +271,8 @@ class AttentionEngine:
         except Exception:
             self.metrics.steps.labels("refused").inc()
             raise
-        rows, batch = self._logit_rows(plan.chunks), StepBatch.build(plan.chunks, self.settings.page_size)
-        forward = self._forward(batch, rows, plan.hidden_state)
+        rows, batch = self._logit_rows(plan.chunks), self._batch(plan)
+        forward = self._lead(plan, self._forward(plan, batch, rows))
         recording = None
         if self.recorded is not None and can_be_recorded(plan.chunks):
             batch.check_pages(self.settings.num_pages)
@@ -268,12 +283,23 @@ class AttentionEngine:
         """None where the head is another stage's, and with it whatever is asked for of the logits."""
         return LogitRows.of(chunks) if self.held.stop == self.config.num_layers else None
 
-    def _forward(self, batch: StepBatch, rows: LogitRows | None, hidden_TD: torch.Tensor | None) -> Forward:
+    def forward(self, plan: StepPlan) -> Forward:
+        """This rank's part of a step whose plan another one has validated."""
+        return self._forward(plan, self._batch(plan), self._logit_rows(plan.chunks))
+
+    def _batch(self, plan: StepPlan) -> StepBatch:
+        return StepBatch.build(plan.chunks, self.settings.page_size)
+
+    def _forward(self, plan: StepPlan, batch: StepBatch, rows: LogitRows | None) -> Forward:
         step_rows_R = torch.tensor(() if rows is None else rows.step_rows_R, dtype=torch.int64)
-        return self._model.forward(batch, step_rows_R, hidden_TD)
+        return self._model.forward(batch, step_rows_R, plan.hidden_state)
 
 
-def num_pages_in(config: ModelConfig, num_layers: int, dtype: torch.dtype, page_size: int, gib: float) -> int:
-    """KV pages of so many layers in `gib` GiB; at least one sequence of full context, as fewer could serve none."""
-    page_bytes = 2 * num_layers * config.kv_size * page_size * dtype.itemsize
+def num_pages_in(
+    config: ModelConfig, num_layers: int, dtype: torch.dtype, page_size: int, gib: float, num_ranks: int = 1
+) -> int:
+    """KV pages of so many layers in `gib` GiB of each rank; at least one sequence of full context, as fewer could serve
+    none."""
+    kv_size = most_kv_heads(config, num_ranks) * config.head_dim
+    page_bytes = 2 * num_layers * kv_size * page_size * dtype.itemsize
     return max(int(gib * 2**30) // page_bytes, -(-config.context_length // page_size))

@@ -2,10 +2,11 @@
 
 The hole is the MoE. Whoever drives the generator receives each layer's MoE input and sends back its output; how and
 where that is computed is not known here. A stage of a pipeline computes some of the layers: it begins with the residual
-that the layers before have left, and ends with the one it leaves. Equations: docs/numerics.md.
+that the layers before have left, and ends with the one it leaves. A rank has its heads and its rows of the vocabulary;
+what of it must become a whole is asked of a `Sharding`. Equations: docs/numerics.md.
 
 Letters: T tokens of the step, D hidden, H query heads, K KV heads, d head size, R rows whose logits are wanted,
-V vocabulary.
+V vocabulary; H and K are this rank's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from attention_worker.device_kernels import select_kernels
 from attention_worker.kv_cache import KVCache
 from attention_worker.layers import Rope, Rotation
-from attention_worker.row_passes import rows_of, scaled, times
+from attention_worker.row_passes import scaled, times
+from attention_worker.sharding import WHOLE, Sharding
 from attention_worker.stages import StageClock
 from attention_worker.step_batch import StepBatch
 from attention_worker.weights import AttentionWeights, LayerWeights
@@ -34,8 +36,12 @@ _HOLE = torch.device("cpu")
 class Model:
     """The weights of one attention worker and the loop over its layers. Says of each stage to `clock` when it ends."""
 
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: KVCache) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: AttentionWeights, cache: KVCache, sharding: Sharding = WHOLE
+    ) -> None:
+        """cache: of this rank's KV heads. sharding: how its parts become a whole."""
         self.clock = StageClock()
+        self._sharding, self._head_groups = sharding, weights.shard.groups
         self._device = device = weights.device
         self._config, self._weights, self._cache = config, weights, cache
         self._rope = Rope(config.head_dim, config.context_length, config.rope_base, device)
@@ -48,7 +54,8 @@ class Model:
         products = [product for layer in weights.layers for product in (layer.qkv, layer.o_proj)]
         if weights.embedding_VD is None or weights.head is None:
             return False
-        return self._device.type == "cpu" and all(product.is_loops for product in (*products, weights.head))
+        is_here = self._device.type == "cpu" and weights.shard.size == 1  # what other ranks send is no loop
+        return is_here and all(product.is_loops for product in (*products, weights.head))
 
     def forward(self, batch: StepBatch, logit_rows_R: torch.Tensor, hidden_TD: torch.Tensor | None = None) -> Forward:
         """One step. logit_rows_R: rows of the step whose logits are wanted; there may be none.
@@ -96,7 +103,7 @@ class Model:
         to bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
         embedding_VD = self._weights.embedding_VD
         assert embedding_VD is not None, "checked: only a plan for the first layer comes without a hidden state"
-        return rows_of(embedding_VD, token_ids_T, self._config.embedding_multiplier)
+        return self._sharding.embed(embedding_VD, token_ids_T, self._config.embedding_multiplier)
 
     def _attend(
         self, index: int, layer: LayerWeights, x_TD: torch.Tensor, rotation: Rotation, batch: StepBatch
@@ -106,18 +113,35 @@ class Model:
         qkv_TQ = layer.qkv(x_TD)
         self.clock.lap("qkv")
         q_THd = self._kernels.rotate_and_store(qkv_TQ, rotation, k_KPSd, v_KPSd, batch)
-        out_THd = self._kernels.attend(q_THd, k_KPSd, v_KPSd, batch, config.attention_logit_scale, config.attention_cap)
+        out_THd = self._over_pages(q_THd, k_KPSd, v_KPSd, batch)
         self.clock.lap("attention")
-        out_TD = layer.o_proj(out_THd.view(len(x_TD), config.query_size))
+        out_TD = self._sharding.sum(layer.o_proj(out_THd.flatten(1)), self._weights.dtype)
         if config.attention_output_scale != 1.0:
             out_TD = times(out_TD, config.attention_output_scale)
         self.clock.lap("out")
         return out_TD
 
+    def _over_pages(
+        self, q_THd: torch.Tensor, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
+    ) -> torch.Tensor:
+        """Attention of the query heads, [T, H, d]: one call of the kernel, but where heads are shared out unevenly."""
+        scale, cap = self._config.attention_logit_scale, self._config.attention_cap
+        parts = []
+        for group in self._head_groups:
+            q_part = _heads(q_THd, 1, group.query_heads).contiguous()
+            k_part, v_part = (_heads(pages, 0, group.kv_heads) for pages in (k_KPSd, v_KPSd))
+            parts.append(self._kernels.attend(q_part, k_part, v_part, batch, scale, cap))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
     def _logits(self, h_RD: torch.Tensor) -> torch.Tensor:
         final_norm_D, head = self._weights.final_norm_D, self._weights.head
         assert final_norm_D is not None
         assert head is not None
-        logits_RV = scaled(head(self._norm(h_RD, final_norm_D)), self._config.output_multiplier)
+        part_RV = head(self._norm(h_RD, final_norm_D))
+        logits_RV = scaled(self._sharding.join(part_RV), self._config.output_multiplier)
         self.clock.lap("head")
         return logits_RV
+
+
+def _heads(x: torch.Tensor, dim: int, heads: range) -> torch.Tensor:
+    return x.narrow(dim, heads.start, len(heads))

@@ -74,6 +74,7 @@ class AttentionService:
             max_step_tokens=engine.settings.max_step_tokens,
             device=str(engine.torch_device),
             draining=self._is_draining,
+            tensor_parallel=engine.num_ranks,
         )
 
     def _claim(self, router_id: str) -> str:

@@ -45,7 +45,9 @@ SET_BY_CHART: dict[type, set[str]] = {
     GatewaySettings: {
         "server", "model", "host", "port", "metrics_port", "grace", "exit_on_stdin_eof", "log_format", "traces",
     },
-    AttentionWorkerSettings: {"model", "variant", "dtype", "device", "kv_gib", "layers", "traces"},
+    AttentionWorkerSettings: {
+        "model", "variant", "dtype", "device", "kv_gib", "layers", "traces", "tensor_parallel", "rank", "rendezvous",
+    },
     ExpertWorkerSettings: {"model", "variant", "dtype", "device", "experts", "traces"},
 }  # fmt: skip
 """Fields with a value of their own in the chart. Workers found by DNS have no order that `placement` could name."""

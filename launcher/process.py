@@ -27,7 +27,8 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 class RoleProcess:
-    """One child. `address`, `metrics` and `health`, if it has an address of its own, are known once it is ready."""
+    """One child. `address`, `metrics` and `health`, if it has an address of its own, are known once it is ready, and
+    `rank_pids`: the process ids of the ranks that it has started, by rank."""
 
     def __init__(
         self, role: str, index: int, module: str, flags: Sequence[str], say: Callable[[str], None] | None = None
@@ -41,6 +42,7 @@ class RoleProcess:
         self.address = ""
         self.metrics = ""
         self.health = ""
+        self.rank_pids: dict[int, int] = {}
         self._command = (sys.executable, "-m", module, *flags, "--exit-on-stdin-eof")
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
@@ -121,6 +123,9 @@ class RoleProcess:
                 self.metrics = rest
             elif word == "HEALTH":
                 self.health = rest
+            elif word == "RANK":
+                rank, _, pid = rest.partition(" ")
+                self.rank_pids[int(rank)] = int(pid)
             elif word == "READY":
                 self.address = rest
                 self._ready.set()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from attention_worker.config import AttentionWorkerSettings
+from attention_worker.sharding import Shard
 from expert_worker.config import ExpertWorkerSettings
 from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
 from grokmoe.checkpoint import read_config
@@ -39,7 +40,8 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
     expert_dtype: str = setting(SAME, "what experts are stored in: as dtype says, or int8", choices=EXPERT_DTYPES)
     experts: int = setting(2, "expert worker processes", metavar="N")
-    attention: int = setting(1, "attention worker processes", metavar="M")
+    attention: int = setting(1, "attention workers", metavar="M")
+    tensor_parallel: int = setting(1, "ranks of each attention worker, a process each", metavar="T")
     expert_transport: str = setting(
         GRPC,
         "how rows travel to expert workers: in messages, or beside them by gloo or NCCL",
@@ -51,9 +53,9 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     state: str = setting("", "file to write addresses and process ids to, as JSON", metavar="FILE")
     lanes: int = setting(1, "steps in flight per attention worker")
     page_size: int = setting(32, "positions per KV page")
-    kv_gib: float = setting(1.0, "memory for KV pages of each attention worker in GiB")
+    kv_gib: float = setting(1.0, "memory for KV pages of each attention worker in GiB, of each rank if it has several")
     deterministic: bool = setting(False, "the same bits whatever else is computed beside, in bfloat16 too")
-    threads: int = setting(0, "threads of each worker; 0: the cores shared out among the workers of a role")
+    threads: int = setting(0, "threads of each worker or rank; 0: the cores shared out among those of a role")
     placement: str = setting(
         "",
         'which workers hold and serve each expert, in this order: a JSON file {"expert": [worker, ...]}; '
@@ -70,11 +72,15 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
             raise ConfigError("openai: the gateway has neither TLS nor a token for the server behind it")
         check_port("port", self.port)
         check_port("openai_port", self.openai_port)
-        if self.attention < 1:
-            raise ConfigError(f"attention is {self.attention}, must be at least 1")
+        for name in ("attention", "tensor_parallel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.state and not Path(self.state).resolve().parent.is_dir():
             raise ConfigError(f"state is {self.state}: there is no such folder")
 
+
+RANK_ROLE = "attention-rank"
+"""In the state file: a rank but the first of an attention worker, whose `index` it has."""
 
 MAX_SOCKET_FOLDER = 80
 """Longest folder name that leaves room for a socket's: the path of a Unix socket has at most 107 characters."""
@@ -104,12 +110,18 @@ class Cluster:
     def _plan(self) -> tuple[list[RoleProcess], RoleProcess]:
         s = self.settings
         config = read_config(Path(s.model))[1]
+        Shard.of(config, 0, s.tensor_parallel)  # whether the heads can be shared out so
         common = {"model": str(Path(s.model).resolve()), "variant": s.variant, "dtype": s.dtype}
         worker = {**common, "deterministic": s.deterministic, "traces": s.traces}
         workers = []
         sizes = {"page_size": s.page_size, "kv_gib": s.kv_gib, "max_step_tokens": s.max_step_tokens}
         for index in range(s.attention):
-            attention = AttentionWorkerSettings(**worker, **sizes, threads=s.threads or _share(s.attention))
+            attention = AttentionWorkerSettings(
+                **worker,
+                **sizes,
+                threads=s.threads or _share(s.attention * s.tensor_parallel),
+                tensor_parallel=s.tensor_parallel,
+            )
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
             workers.append(RoleProcess("attention", index, "attention_worker", flags, self._say))
         for index, held in enumerate(_held(s, config.num_experts)):
@@ -180,19 +192,19 @@ class Cluster:
 
     async def _wait_ready(self, process: RoleProcess) -> None:
         await process.wait_ready()
-        self._report(f"{process.name} ready: pid {process.pid}, {process.address}, metrics {process.metrics}")
+        ranks = "".join(f", rank {rank} pid {pid}" for rank, pid in process.rank_pids.items())
+        self._report(f"{process.name} ready: pid {process.pid}{ranks}, {process.address}, metrics {process.metrics}")
 
     def _write_state(self, path: Path) -> None:
-        listed = [
-            {
-                "role": process.role,
-                "index": process.index,
-                "pid": process.pid,
-                "address": process.address,
-                "metrics": process.metrics,
-            }
-            for process in self.processes
-        ]
+        listed: list[dict[str, str | int]] = []
+        for process in self.processes:
+            of = {"index": process.index, "address": process.address, "metrics": process.metrics}
+            listed.append({"role": process.role, "pid": process.pid, **of})
+            # The worker's first rank is the worker's process; the others have no address.
+            listed += [
+                {"role": RANK_ROLE, "pid": pid, "index": process.index, "rank": rank}
+                for rank, pid in process.rank_pids.items()
+            ]
         # Written beside and renamed: whoever waits for the file never reads half of it.
         beside = path.with_name(path.name + ".part")
         beside.write_text(json.dumps({"address": self.address, "processes": listed}, indent=1) + "\n")

@@ -59,7 +59,7 @@ def cluster(engine: Engine) -> pb.GetStatusResponse:
         )
         if cell.info is not None:
             ledger = cell.scheduler.ledger
-            worker.incarnation, worker.device = cell.info.incarnation, cell.info.device
+            worker.incarnation, worker.device = cell.info.incarnation, cell.info.place
             worker.num_pages, worker.used_pages = ledger.num_pages, ledger.num_used
             worker.cached_pages = ledger.num_cached
             worker.stages.extend(_stage(stage) for stage in cell.info.stages)

@@ -47,7 +47,7 @@ _NUMBERS = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a topology serves and how."""
+    """What a topology serves and how. tensor_parallel: for `processes` alone."""
 
     model: Path
     dtype: str = "float32"
@@ -63,6 +63,7 @@ class Setup:
     expert_replicas: int = 1
     expert_transport: str = "grpc"
     deterministic: bool = False
+    tensor_parallel: int = 1
 
     @property
     def common(self) -> dict[str, str]:
@@ -91,6 +92,7 @@ class Setup:
             kv_gib=0.001,
             threads=1,
             deterministic=self.deterministic,
+            tensor_parallel=self.tensor_parallel,
         )
 
 

@@ -23,7 +23,7 @@ class AttentionDescribeRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class AttentionDescribeResponse(_message.Message):
-    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "layer_begin", "layer_end", "num_pages", "page_size", "max_step_tokens", "device", "draining")
+    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "layer_begin", "layer_end", "num_pages", "page_size", "max_step_tokens", "device", "draining", "tensor_parallel")
     CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class AttentionDescribeResponse(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     config_hash: str
     incarnation: str
     dtype: _tensor_pb2.DataType
@@ -46,7 +47,8 @@ class AttentionDescribeResponse(_message.Message):
     max_step_tokens: int
     device: str
     draining: bool
-    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
+    tensor_parallel: int
+    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class Penalties(_message.Message):
     __slots__ = ("repetition", "frequency", "presence", "prompt_ids", "output_ids")

@@ -22,6 +22,7 @@ class AttentionInfo:
     """What an attention worker says of itself, or a pipeline of several (router/transport/pipeline.py).
 
     is_draining: it is about to end and refuses new plans. stages: a pipeline's, in the order of their layers.
+    num_ranks: processes that share out what it has of the model.
     """
 
     config_hash: str
@@ -36,6 +37,12 @@ class AttentionInfo:
     device: str
     is_draining: bool = False
     stages: tuple[PipelineStage, ...] = ()
+    num_ranks: int = 1
+
+    @property
+    def place(self) -> str:
+        """Where it computes, for people: `cuda:0`, or `cuda:0 x 8` for eight ranks of which the first is there."""
+        return self.device if self.num_ranks == 1 else f"{self.device} x {self.num_ranks}"
 
 
 @dataclasses.dataclass(frozen=True)

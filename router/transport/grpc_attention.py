@@ -62,6 +62,7 @@ class GrpcAttentionLink:
             max_step_tokens=reply.max_step_tokens,
             device=reply.device,
             is_draining=reply.draining,
+            num_ranks=max(1, reply.tensor_parallel),
         )
         return self._info
 

@@ -154,6 +154,7 @@ def test_describe(tmp_path: Path) -> None:
                 page_size=8,
                 max_step_tokens=50,
                 device="cpu",
+                tensor_parallel=1,
             )
 
     asyncio.run(main())

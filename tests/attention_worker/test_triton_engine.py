@@ -18,6 +18,7 @@ from attention_worker.device_kernels import TritonKernels, select_kernels
 from attention_worker.kv_cache import KVCache
 from attention_worker.loading import load_engine
 from attention_worker.model import Model
+from attention_worker.sharding import Shard
 from attention_worker.step_batch import StepBatch
 from attention_worker.weights import AttentionWeights, LayerWeights
 from grokmoe.errors import ConfigError
@@ -127,5 +128,5 @@ def fake_weights(place: torch.device, deterministic: bool) -> AttentionWeights:
     embedding_VD = make(TINY.vocab_size, D)
     layers = (layer,) * TINY.num_layers
     return AttentionWeights(
-        embedding_VD, layers, gains[0], PackedLinear(embedding_VD), torch.bfloat16, 0, deterministic
+        embedding_VD, layers, gains[0], PackedLinear(embedding_VD), torch.bfloat16, Shard.whole(TINY), 0, deterministic
     )

@@ -27,6 +27,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.address = ""
         self.lines: list[str] = []
         self.errors: list[str] = []
         self._news: queue.Queue[str | None] = queue.Queue()
@@ -50,7 +51,8 @@ class Command:
         while (line := self._news.get(timeout=START_TIMEOUT)) is not None:
             match = re.match(r"READY (\S+)", line)
             if match:
-                return match[1]
+                self.address = match[1]
+                return self.address
         raise AssertionError("ended before READY:\n" + "\n".join(self.errors))
 
     def wait(self) -> int:
