@@ -31,6 +31,7 @@ check: $(DEV_ENV)/installed
 	$(DEV_ENV)/bin/python tools/make_stubs.py --check
 	$(DEV_ENV)/bin/python tools/make_reference.py --check
 	$(DEV_ENV)/bin/python tools/make_metrics.py --check
+	$(DEV_ENV)/bin/python tools/make_flags.py --check
 	$(DEV_ENV)/bin/python deploy/make_dashboards.py --check
 	$(DEV_ENV)/bin/python deploy/chart_schema.py --check
 

@@ -129,11 +129,15 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExpertPlacement:
-    """Indices of the expert workers that hold an expert, preferred first, and the rows sent to it so far."""
+    """Indices of the expert workers that hold an expert, preferred first, and the rows sent to it so far.
+
+    layer_rows: the same rows layer by layer; empty: an older server does not say.
+    """
 
     expert: int
     workers: tuple[int, ...]
     rows: int
+    layer_rows: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,7 +197,10 @@ def read_status(message: control.GetStatusResponse) -> Status:
         )
         for worker in message.workers
     )
-    placement = (read_fields(ExpertPlacement, entry, workers=tuple(entry.workers)) for entry in message.placement)
+    placement = (
+        read_fields(ExpertPlacement, entry, workers=tuple(entry.workers), layer_rows=tuple(entry.layer_rows))
+        for entry in message.placement
+    )
     return read_fields(
         Status,
         message,

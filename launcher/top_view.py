@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -15,7 +16,10 @@ from launcher.experts import describe_ranges
 if TYPE_CHECKING:
     from launcher.top import Rates
 
-BAR_WIDTH = 24
+BAR_WIDTH = 16
+
+HEAT_WIDTH = 64
+"""Most cells of an expert's heat map: Grok-1's layers. Of a deeper model neighbours share one."""
 
 STYLES = {
     WorkerState.READY: "green",
@@ -25,7 +29,10 @@ STYLES = {
     WorkerState.DEAD: "bold red",
 }
 
-SHADES = (*range(235, 256, 4), 15)
+HEAT_SIGNS = "·░▒▓█"
+"""The same without colours."""
+
+SHADES = tuple(range(235, 256, 4))
 """Colours of 256, dark to light: little load to much."""
 
 
@@ -89,14 +96,28 @@ def _holds(worker: Worker) -> str:
 
 def _experts(status: Status, rates: Rates) -> Table:
     most = max(rates.rows_E.values(), default=0.0)
-    table = _table("expert", "rows/s", "", "workers")
+    hottest = max((rate for strip in rates.rows_EL.values() for rate in strip), default=0.0)
+    heads = ["expert", "rows/s", "", "workers"]
+    table = _table(*heads, *(["layer by layer"] if hottest else []))
     table.columns[2].justify = "left"
     for each in status.placement:
         rate = rates.rows_E.get(each.expert, 0.0)
         shade = SHADES[round(rate / most * (len(SHADES) - 1))] if most else SHADES[0]
         workers = Text(",".join(map(str, each.workers))) if each.workers else Text("nobody", "bold red")
-        table.add_row(str(each.expert), f"{rate:.0f}", Text(_bar(rate, most), f"color({shade})"), workers)
+        heat = [_heat(rates.rows_EL.get(each.expert, ()), hottest)] if hottest else []
+        table.add_row(str(each.expert), f"{rate:.0f}", Text(_bar(rate, most), f"color({shade})"), workers, *heat)
     return table
+
+
+def _heat(rates: Sequence[float], hottest: float) -> Text:
+    """A cell per layer, light for many rows; the busiest of neighbours where there are more layers than cells."""
+    size = -(-len(rates) // HEAT_WIDTH)
+    strip = Text()
+    for begin in range(0, len(rates), max(size, 1)):
+        share = max(rates[begin : begin + size]) / hottest
+        level = round(max(share, 0.0) * (len(SHADES) - 1))
+        strip.append(HEAT_SIGNS[round(level / (len(SHADES) - 1) * (len(HEAT_SIGNS) - 1))], f"color({SHADES[level]})")
+    return strip
 
 
 def _legs(rates: Rates) -> Table:

@@ -79,7 +79,7 @@ def _stage(stage: PipelineStage) -> pb.PipelineStage:
 
 
 def _add_experts(engine: Engine, answer: pb.GetStatusResponse) -> None:
-    rows = engine.counter.by_expert()
+    rows, layer_rows = engine.counter.by_expert(), list(zip(*engine.counter.rows_LE, strict=True))
     if engine.pool is None:
         all_experts = range(engine.config.num_experts)
         device = engine.cells[0].info.device if engine.cells[0].info else ""
@@ -91,7 +91,7 @@ def _add_experts(engine: Engine, answer: pb.GetStatusResponse) -> None:
             experts=all_experts,
         )
         for expert in all_experts:
-            answer.placement.add(expert=expert, workers=[0], rows=rows[expert])
+            answer.placement.add(expert=expert, workers=[0], rows=rows[expert], layer_rows=layer_rows[expert])
         return
     pool = engine.pool
     pool.rebalancer.look()
@@ -108,7 +108,7 @@ def _add_experts(engine: Engine, answer: pb.GetStatusResponse) -> None:
             worker.rows_per_second = traffic.rows_per_second(member)
     if pool.placement is not None:
         for expert, workers in enumerate(pool.placement.holders[0]):
-            answer.placement.add(expert=expert, workers=workers, rows=rows[expert])
+            answer.placement.add(expert=expert, workers=workers, rows=rows[expert], layer_rows=layer_rows[expert])
     answer.placement_version = pool.placement_version
     answer.imbalance = traffic.imbalance()
     for each in pool.moves.under_way:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -38,7 +40,7 @@ def look(rows: list[int], steps: int, legs: dict[str, float]) -> Status:
     return dataclasses.replace(
         read_status(STATUS),
         steps=steps,
-        placement=tuple(ExpertPlacement(expert, (expert % 2,), count) for expert, count in enumerate(rows)),
+        placement=tuple(ExpertPlacement(expert, (expert % 2,), count, (count, 0)) for expert, count in enumerate(rows)),
         legs=tuple(LegLatency(leg, seconds, steps) for leg, seconds in legs.items()),
     )
 
@@ -86,10 +88,42 @@ def test_what_is_drawn() -> None:
     assert ["expert", "1", "suspect", "12", "0@0-1", "1@1", "loads", "1@0", "e:1"] in lines
     assert ["attention", "0", "ready", "4/10", "a:1"] in lines
     assert ["attention", "1", "ready", "0/20", "layers", "0-0", "1-1", "q:1", "p:1"] in lines
-    assert ["0", "100", "█" * 24, "0"] in lines
-    assert ["1", "50", "█" * 12, "1"] in lines
-    assert ["2", "0", "0"] in lines
-    assert ["wire", "50.00", "█" * 24] in lines
+    assert ["0", "100", "█" * 16, "0", "█·"] in lines
+    assert ["1", "50", "█" * 8, "1", "▒·"] in lines
+    assert ["2", "0", "0", "··"] in lines
+    assert ["wire", "50.00", "█" * 16] in lines
+
+
+def test_a_deep_model_has_a_heat_map_that_fits() -> None:
+    """Neighbours share a cell, which shows the busiest of them."""
+    before, now = (
+        dataclasses.replace(look([0], 2, {}), placement=(ExpertPlacement(0, (0,), sum(counts), counts),))
+        for counts in ((0,) * 130, (1,) * 127 + (0, 100, 0))
+    )
+    line = next(line for line in drawn(model(), now, rates(model(), before, now, 1.0)).splitlines() if "█" in line)
+    assert line.split()[-1] == "·" * 42 + "█·"  # three layers a cell, the last cell has one
+
+
+def test_a_server_that_does_not_say_has_no_heat_map() -> None:
+    before, now = (
+        dataclasses.replace(look([0], 2, {}), placement=(ExpertPlacement(0, (0,), rows),)) for rows in (0, 100)
+    )
+    text = drawn(model(), now, rates(model(), before, now, 1.0))
+    assert "layer by layer" not in text
+    assert ["0", "100", "█" * 16, "0"] in [line.split() for line in text.splitlines()]
+
+
+def test_a_picture(server: FakeServer, tmp_path: Path) -> None:
+    picture = tmp_path / "top.svg"
+    arguments = ["--once", "--interval", "0.1", "--address", server.address]
+    assert main(["top", *arguments, "--svg", str(picture)]) == 0
+    text = picture.read_text()
+    assert text.startswith("<svg")
+    assert set(re.findall(r"https?://[^\s\"<]+", text)) <= {"http://www.w3.org/2000/svg", "https://www.textualize.io"}
+    assert "font-face" not in text
+    assert "suspect" in text
+    with pytest.raises(ConfigError, match="svg"):
+        TopSettings(svg="top.svg")
 
 
 def test_once(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -263,6 +263,9 @@ def test_what_is_served_and_how_it_goes() -> None:
             assert (experts.role, experts.state, experts.experts) == ("expert", "ready", tuple(range(8)))
             assert [placement.workers for placement in status.placement] == [(0,)] * 8
             assert sum(placement.rows for placement in status.placement) == (5 + 2) * 3 * 2
+            assert all(sum(placement.layer_rows) == placement.rows for placement in status.placement)
+            by_layer = zip(*(placement.layer_rows for placement in status.placement), strict=True)
+            assert [sum(rows) for rows in by_layer] == [(5 + 2) * 2] * 3
             assert (status.waiting, status.running, status.preemptions) == (0, 0, 0)
             assert status.steps == 3
             assert {leg.leg for leg in status.legs} >= {"attention", "gate", "wire", "expert", "combine"}

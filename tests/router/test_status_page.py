@@ -45,7 +45,8 @@ def test_the_state_is_that_of_the_engine() -> None:
             assert told["rows"] == served.engine.counter.rows_LE
             assert [len(row) for row in told["rows"]] == [CONFIG.num_experts] * CONFIG.num_layers
             assert [worker["state"] for worker in told["workers"]] == ["WORKER_STATE_READY"] * 3
-            assert told["workers"][1]["held"][0] == {"expert": 0, "layer_begin": 0, "layer_end": CONFIG.num_layers}
+            whole = {"expert": 0, "layer_begin": 0, "layer_end": CONFIG.num_layers, "slice": 0, "num_slices": 0}
+            assert told["workers"][1]["held"][0] == whole
 
             answer, body = await fetched(f"{url}/")
             assert body == PAGE.read_bytes()

@@ -90,7 +90,7 @@ STATUS = control_pb2.GetStatusResponse(
         ),
         control_pb2.Worker(role=77, state=78),  # from a newer server
     ],
-    placement=[control_pb2.ExpertPlacement(expert=1, workers=[1, 0], rows=99)],
+    placement=[control_pb2.ExpertPlacement(expert=1, workers=[1, 0], rows=99, layer_rows=[90, 9])],
     waiting=1,
     running=2,
     steps=3,

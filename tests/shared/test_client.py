@@ -106,7 +106,7 @@ def test_model_and_status(server: FakeServer, ask: Ask) -> None:
         PipelineStage("q:1", 0, 1, "cpu", "j"),
         PipelineStage("p:1", 1, 2, "cuda:0", "k"),
     )
-    assert status.placement == (grokmoe.ExpertPlacement(1, (1, 0), 99),)
+    assert status.placement == (grokmoe.ExpertPlacement(1, (1, 0), 99, (90, 9)),)
     assert status.legs == (grokmoe.LegLatency("wire", 0.5, 6),)
     assert (status.waiting, status.running, status.steps, status.preemptions) == (1, 2, 3, 4)
 
