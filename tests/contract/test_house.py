@@ -42,6 +42,7 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
     from expert_worker.config import ExpertWorkerSettings
     from grokmoe.server import ServerSettings
     from launcher.demo import DemoSettings
+    from launcher.gateway import GatewaySettings
     from launcher.generate import GenerateSettings
     from launcher.loadtest import LoadtestSettings
     from launcher.serve import ServeSettings
@@ -55,6 +56,7 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
         ExpertWorkerSettings,
         ServerSettings,
         DemoSettings,
+        GatewaySettings,
         GenerateSettings,
         LoadtestSettings,
         PlanSettings,
