@@ -32,8 +32,8 @@ HEAD = f"""\
 # Flags
 
 Written by `tools/make_flags.py` from the settings themselves; change those. Every flag is an environment variable, too,
-such as `{ENV_PREFIX}MAX_RUNNING` for `--max-running`; the flag wins. A switch has its opposite, with no- before its name.
-What the chart sets of them, and where the others go: [deploy.md](deploy.md).
+such as `{ENV_PREFIX}MAX_RUNNING` for `--max-running`; the flag wins. A switch has its opposite, with no-
+before its name. What the chart sets of them, and where the others go: [deploy.md](deploy.md).
 """
 
 SECTIONS: dict[str, tuple[type, str]] = {
