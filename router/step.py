@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 from grokmoe.errors import ConfigError
 from router.sequence import FinishReason, Sequence
@@ -25,6 +26,8 @@ class SchedulerSettings:
     """Steps in flight at the same time."""
     min_lane_rows: int = 16
     """Decodes are split over lanes only if each gets this many: a smaller part reads the same weights for less."""
+    step_goal: float = 0.0
+    """Seconds that a step with decodes may take: prompts beside them are cut so (`scheduler.step_budget`); 0: any."""
     admission_watermark: float = 0.01
     """Part of the pages that admission leaves to the decodes of running sequences, so that they are not preempted
     at once."""
@@ -35,6 +38,8 @@ class SchedulerSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
             raise ConfigError(f"max_chunk_tokens is {self.max_chunk_tokens}, must be at least 1 or None")
+        if not 0 <= self.step_goal < math.inf:
+            raise ConfigError(f"step_goal is {self.step_goal}, must be finite and at least 0")
         if not 0 <= self.admission_watermark < 1:
             raise ConfigError(f"admission_watermark is {self.admission_watermark}, must be in [0, 1)")
 

@@ -203,7 +203,9 @@ class AttentionCell(AttentionMember):
         elif is_blamed and self._has_other():
             self._lose(info, Unavailable("it has computed something that is not finite"))
         if outcome.result is not None:
-            self._hooks.step_done(step, time.perf_counter() - begin, legs)
+            seconds = time.perf_counter() - begin
+            scheduler.budget.observe(step, seconds)
+            self._hooks.step_done(step, seconds, legs)
         elif outcome.error is not None:
             self._hooks.step_failed(step, time.perf_counter() - begin, outcome.error)
         self._flights.end(step)

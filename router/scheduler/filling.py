@@ -1,7 +1,7 @@
 """What the next step holds: chunks of those that run, and of those that are admitted to it.
 
-A step is filled in this order, within its budget of tokens: decodes, then prefills begun earlier, then admissions;
-within each the oldest first.
+A step is filled in this order, within its budget of tokens (`step_budget`): decodes, then prefills begun earlier, then
+admissions; within each the oldest first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 
 from router.scheduler.roster import Roster
+from router.scheduler.step_budget import StepBudget
 from router.sequence import Sequence, SequenceState
 from router.step import Chunk, SchedulerSettings, Step
 
@@ -17,8 +18,8 @@ from router.step import Chunk, SchedulerSettings, Step
 class Filling:
     """Takes chunks from a roster, within the limits of a step."""
 
-    def __init__(self, settings: SchedulerSettings, roster: Roster) -> None:
-        self._settings, self._roster = settings, roster
+    def __init__(self, settings: SchedulerSettings, roster: Roster, budget: StepBudget) -> None:
+        self._settings, self._roster, self._budget = settings, roster, budget
 
     def fill(self, in_flight: Iterable[Step], is_suspect: bool | None = None, admits: bool = True) -> list[Chunk]:
         """Chunks of a step for many, beside the steps in flight. is_suspect: of which sequences; None: there are no
@@ -32,7 +33,7 @@ class Filling:
         for sequence in decodes[: min(budget, self._lane_share(len(decodes), in_flight))]:
             if sequence.state is SequenceState.RUNNING and roster.extend(sequence):
                 chunks.append(self._chunk(sequence, 1))
-        budget -= len(chunks)
+        budget = min(budget, self._budget.tokens(len(chunks))) - len(chunks)
         for sequence in prefills:
             if budget and sequence.state is SequenceState.RUNNING:
                 chunks.append(self._chunk(sequence, budget))

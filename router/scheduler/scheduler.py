@@ -19,6 +19,7 @@ from router.pages import PageLedger
 from router.request import Request
 from router.scheduler.filling import Filling
 from router.scheduler.roster import Roster
+from router.scheduler.step_budget import StepBudget
 from router.scheduler.turns import Turns
 from router.sequence import FinishReason, Sequence, SequenceState
 from router.step import Chunk, Drawn, SchedulerSettings, Step
@@ -31,7 +32,8 @@ class Scheduler:
         self.settings = settings
         self.ledger = ledger
         self._roster = Roster(settings, ledger)
-        self._turns = Turns(self._roster, Filling(settings, self._roster))
+        self.budget = StepBudget(settings.step_goal, settings.max_step_tokens)
+        self._turns = Turns(self._roster, Filling(settings, self._roster, self.budget))
         self._in_flight: dict[Step, None] = {}
 
     @property
