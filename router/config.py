@@ -37,7 +37,7 @@ class LimitSettings(TelemetrySettings):
     """What the router takes on at the same time, and what it tells. Every command that starts a router has these."""
 
     max_step_tokens: int = setting(512, "tokens per step: the chunk size of prefill")
-    step_goal: float = setting(0.25, "seconds a step may take while sequences stream: prompts are cut so; 0: any")
+    step_goal: float = setting(0.2, "seconds a step may take while sequences stream: prompts are cut so; 0: any")
     max_running: int = setting(256, "sequences per attention worker that hold KV pages")
     max_waiting: int = setting(1024, "sequences that may wait; one more is refused with RESOURCE_EXHAUSTED")
     max_waiting_kv: float = setting(16.0, "prompts that may wait, in multiples of what the KV pages hold")
