@@ -6,12 +6,11 @@ a directory that has it is whole.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,12 @@ import torch
 from grokmoe import tensor_names as names
 from grokmoe.errors import CheckpointError
 from grokmoe.layouts.safetensors_files import INDEX_FILE, SINGLE_FILE
-from grokmoe.layouts.source import TORCH_DTYPES
 from grokmoe.model_config import ModelConfig
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+from grokmoe.safetensors_file import Entry, write_tensors
+from grokmoe.shard_plan import by_size
 
 DRAWN_AT_ONCE = 1 << 22
 """Elements of a random tensor that are in memory at a time; the rows of one piece may be more."""
-
-HEADER_ALIGNMENT = 8
-"""The data of a safetensors file begins at a multiple of this."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """What a header says of a tensor, and the tensor's rows in order, in pieces of any length."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[torch.Tensor]]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_checkpoint(
@@ -58,8 +40,8 @@ def write_checkpoint(
     max_shard_bytes: begin a new file before exceeding this (one tensor may); None writes a single file.
     """
 
-    def entry(tensor: torch.Tensor) -> _Entry:
-        return _Entry(tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
+    def entry(tensor: torch.Tensor) -> Entry:
+        return Entry(tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
 
     _write(Path(directory), config_dict, {name: entry(each) for name, each in tensors.items()}, max_shard_bytes)
 
@@ -78,8 +60,8 @@ def random_checkpoint(
     directory, max_shard_bytes: as for `write_checkpoint`. variant: the form `config` has, see ModelConfig.to_dict.
     """
 
-    def entry(spec: names.TensorSpec) -> _Entry:
-        return _Entry(dtype, spec.shape, lambda: (piece.to(dtype) for piece in random_rows(spec, seed)))
+    def entry(spec: names.TensorSpec) -> Entry:
+        return Entry(dtype, spec.shape, lambda: (piece.to(dtype) for piece in random_rows(spec, seed)))
 
     raw = config.to_dict(variant) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     entries = {spec.name: entry(spec) for spec in names.expected(config)}
@@ -106,21 +88,19 @@ def random_rows(spec: names.TensorSpec, seed: int, drawn_at_once: int = DRAWN_AT
 
 
 def _write(
-    directory: Path, config_dict: Mapping[str, Any], entries: Mapping[str, _Entry], max_shard_bytes: int | None
+    directory: Path, config_dict: Mapping[str, Any], entries: Mapping[str, Entry], max_shard_bytes: int | None
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _check_empty(directory)
-    total = sum(entry.num_bytes for entry in entries.values())
-    free = shutil.disk_usage(directory).free
+    sizes = {name: entry.num_bytes for name, entry in entries.items()}
+    total, free = sum(sizes.values()), shutil.disk_usage(directory).free
     if total > free:
         raise CheckpointError(f"{directory}: needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    shards = _shards(entries, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if max_shard_bytes else SINGLE_FILE
-        _write_tensors(directory / file_name, {name: entries[name] for name in shard})
-        weight_map |= dict.fromkeys(shard, file_name)
+    plan = by_size(sizes, max_shard_bytes) if max_shard_bytes else {SINGLE_FILE: list(entries)}
+    for file, tensors in plan.items():
+        write_tensors(directory / file, {name: entries[name] for name in tensors})
     if max_shard_bytes:
+        weight_map = {name: file for file, tensors in plan.items() for name in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(dict(config_dict), indent=2) + "\n")
@@ -131,33 +111,3 @@ def _check_empty(directory: Path) -> None:
     for path in (config, index, *sorted(directory.glob("*.safetensors*"))):
         if path.exists():
             raise CheckpointError(f"{directory}: already holds a checkpoint, or part of one: {path.name}")
-
-
-def _shards(entries: Mapping[str, _Entry], max_shard_bytes: int | None) -> Sequence[Sequence[str]]:
-    """The names of each file's tensors."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, entry in entries.items():
-        if max_shard_bytes is not None and shards[-1] and filled + entry.num_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += entry.num_bytes
-    return shards
-
-
-def _write_tensors(path: Path, entries: Mapping[str, _Entry]) -> None:
-    """One safetensors file (the form: `grokmoe.layouts.safetensors_header`)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, entry in entries.items():
-        begin, end = end, end + entry.num_bytes
-        dtype = DTYPE_NAMES[entry.dtype]
-        header[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries.values():
-            for piece in entry.pieces():
-                file.write(piece.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

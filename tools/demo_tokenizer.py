@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from launcher.checkpoint import PASS_THROUGH_TEMPLATE
+from launcher.checkpoint.tokenizer_file import PASS_THROUGH_TEMPLATE
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 EOS = list(SPECIAL_TOKENS).index("eos_token")  # special tokens take the first ids, in this order

@@ -178,7 +178,7 @@ class TransposedRows(Source):
     weight: ArrayBytes
     scales: ArrayBytes | None
 
-    rows_at_once = 512
+    rows_at_once = 128
     """The mapping is by pages, and a row of ours is a column there."""
 
     @property
@@ -192,10 +192,13 @@ class TransposedRows(Source):
         weight_RC = self._turned(self.weight, inputs, first, stop)
         if self.scales is None:
             return weight_RC
-        groups = self.scales.shape[0]
+        out_RC = weight_RC.to(self.values)
+        groups, size = self.scales.shape[0], self.shape[1] // self.scales.shape[0]
         scales_RG = self._turned(self.scales, slice(0, groups), first, stop)
-        scales_RC = scales_RG.repeat_interleave(self.shape[1] // groups, dim=1)[:, inputs]
-        return weight_RC.to(self.values).mul_(scales_RC)
+        for group in range(groups):
+            begin, end = (max(0, edge * size - inputs.start) for edge in (group, group + 1))
+            out_RC[:, begin:end].mul_(scales_RG[:, group, None])
+        return out_RC
 
     def _turned(self, array: ArrayBytes, inputs: slice, first: int, stop: int) -> torch.Tensor:
         """Outputs [first, stop) of some inputs, outputs first."""

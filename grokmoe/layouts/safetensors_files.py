@@ -51,7 +51,7 @@ class SafetensorsFiles:
             path = self.directory / SINGLE_FILE
             found = _collect({path: _read(path)})
             return Contents(found, frozenset(found), (path,), f"safetensors, {_title(found)}")
-        index = _read_index(self.directory / INDEX_FILE)
+        index = read_index(self.directory / INDEX_FILE)
         stored: dict[Path, dict[str, StoredRows]] = {}
         for path in dict.fromkeys(index.values()):
             if path.exists():
@@ -138,8 +138,8 @@ def _collect(stored: Mapping[Path, Mapping[str, StoredRows]]) -> dict[str, Store
     return found
 
 
-def _read_index(path: Path) -> dict[str, Path]:
-    """Stored tensor name -> file as the index has it."""
+def read_index(path: Path) -> dict[str, Path]:
+    """Stored tensor name -> file as the index at `path` has it. Raises CheckpointError."""
     try:
         index = json.loads(path.read_bytes().decode(), object_pairs_hook=object_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:

@@ -66,7 +66,8 @@ def test_docs_name_flags_that_exist(page: Path) -> None:
         RouterSettings,
     )
     known = {field.replace("_", "-") for kind in kinds for field in kind.__dataclass_fields__}
-    commands = [ROOT / "launcher" / f"{name}.py" for name in ("loadtest", "experts", "checkpoint", "plan")]
+    commands = [ROOT / "launcher" / f"{name}.py" for name in ("loadtest", "experts", "plan")]
+    commands += ROOT.glob("launcher/checkpoint/*.py")
     for program in [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tools/*.py"), *commands]:
         known |= set(re.findall(r'add_argument\(\s*"--([a-z-]+)"', program.read_text()))
     named = set(re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", page.read_text()))
