@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from attention_worker.config import AttentionWorkerSettings
+from attention_worker.config import ALL, AttentionWorkerSettings
 from attention_worker.loading import load_engine as load_attention
 from attention_worker.service import AttentionService
 from expert_worker import weights as expert_weights
@@ -32,14 +32,16 @@ from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, ne
 from launcher.process import RoleProcess
 from launcher.serve import ServeSettings, describe, load_experts
 from router.config import RouterSettings
+from router.discovery import STAGE_JOINT
 from router.engine import Engine
 from router.loading import build_engine, load_model
 from router.placement import spread
 from router.request import Request
 from router.transport.base import AttentionLink
-from router.transport.grpc_attention import GrpcAttentionLink
+from router.transport.grpc_attention import attention_link
 from router.transport.local import LocalAttentionLink
 from router.transport.pair_expert import expert_links
+from router.transport.pipeline import PipelineLink
 from router.transport.worker_access import PLAIN
 
 _NUMBERS = itertools.count()
@@ -60,6 +62,7 @@ class Setup:
     min_lane_rows: int = 1
     num_experts: int = 2
     num_attention: int = 1
+    stage_layers: tuple[str, ...] = (ALL,)
     expert_replicas: int = 1
     expert_transport: str = "grpc"
     deterministic: bool = False
@@ -95,18 +98,28 @@ class Setup:
             tensor_parallel=self.tensor_parallel,
         )
 
+    @property
+    def stages(self) -> list[AttentionWorkerSettings]:
+        """Settings of the stages of a pipeline; of the attention worker where it has all layers."""
+        return [dataclasses.replace(self.attention, layers=layers) for layers in self.stage_layers]
+
 
 @contextlib.asynccontextmanager
 async def fused(setup: Setup) -> AsyncIterator[Engine]:
     """All roles by function calls."""
-    attention = load_attention(setup.attention, AttentionMetrics(new_registry()), DeviceThread())
+    device = DeviceThread()
+    stages = [load_attention(stage, AttentionMetrics(new_registry()), device) for stage in setup.stages]
     serve = ServeSettings(**setup.common, deterministic=setup.deterministic)
-    experts = load_experts(serve, attention.device, ExpertMetrics(new_registry()))
-    link = LocalAttentionLink(attention, describe(attention))
+    experts = load_experts(serve, device, ExpertMetrics(new_registry()))
+    link = _join([LocalAttentionLink(stage, describe(stage)) for stage in stages])
     engine = build_engine(load_model(setup.router), setup.router, [link], RouterMetrics(new_registry()), experts)
     async with _running(engine):
         yield engine
-    attention.device.stop()
+    device.stop()
+
+
+def _join(stages: list[AttentionLink]) -> AttentionLink:
+    return stages[0] if len(stages) == 1 else PipelineLink(stages)
 
 
 @contextlib.asynccontextmanager
@@ -127,12 +140,15 @@ async def split(setup: Setup) -> AsyncIterator[Engine]:
         try:
             links = []
             for index in range(setup.num_attention):
-                device = DeviceThread()
-                devices.append(device)
-                engine = load_attention(setup.attention, AttentionMetrics(new_registry()), device)
-                server = RoleServer([AttentionService(engine).as_service()])
-                links.append(GrpcAttentionLink(await server.start(f"unix:{directory}/a{index}")))
-                servers.append(server)
+                addresses = []
+                for number, stage in enumerate(setup.stages):
+                    device = DeviceThread()
+                    devices.append(device)
+                    engine = load_attention(stage, AttentionMetrics(new_registry()), device)
+                    server = RoleServer([AttentionService(engine).as_service()])
+                    addresses.append(await server.start(f"unix:{directory}/a{index}-{number}"))
+                    servers.append(server)
+                links.append(attention_link(STAGE_JOINT.join(addresses)))
             async with _expert_servers(setup) as addresses, _running(_engine(setup, links, addresses)) as engine:
                 yield engine
         finally:
@@ -178,8 +194,8 @@ async def processes(setup: Setup) -> AsyncIterator[Engine]:
     """Workers as processes of their own; the engine is in this one."""
     with tempfile.TemporaryDirectory() as directory:
         started = []
-        for index in range(setup.num_attention):
-            flags = [*to_flags(setup.attention), *to_flags(ServerSettings(listen=f"unix:{directory}/a{index}"))]
+        for index, stage in enumerate(setup.stages * setup.num_attention):
+            flags = [*to_flags(stage), *to_flags(ServerSettings(listen=f"unix:{directory}/a{index}"))]
             started.append(RoleProcess("attention", index, "attention_worker", flags))
         for index, held in enumerate(_spread(setup)):
             experts = ExpertWorkerSettings(**setup.common, experts=",".join(map(str, held)), threads=1)
@@ -190,9 +206,11 @@ async def processes(setup: Setup) -> AsyncIterator[Engine]:
                 await process.start()
             for process in started:
                 await process.wait_ready()
+            attention = iter([process.address for process in started if process.role == "attention"])
+            by_pipeline = zip(*[attention] * len(setup.stages), strict=True)
             engine = _engine(
                 setup,
-                [GrpcAttentionLink(process.address) for process in started if process.role == "attention"],
+                [attention_link(STAGE_JOINT.join(stages)) for stages in by_pipeline],
                 [process.address for process in started if process.role == "expert"],
             )
             async with _running(engine):

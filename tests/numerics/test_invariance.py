@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from attention_worker.device_kernels import CpuKernels, select_kernels
 from attention_worker.layers import Rope
 from attention_worker.step_batch import StepBatch
 from grokmoe import packed_linear
-from grokmoe.model_config import TINY, Gelu
+from grokmoe.model_config import TINY, Gelu, ModelConfig
 from grokmoe.packed_linear import FIXED_ROWS, PackedLinear, can_pack
 from grokmoe.step_plan import SequenceChunk
 from launcher.paths import DEMO_MODEL
@@ -228,7 +229,7 @@ def check(actual: list[Answer], expected: list[Answer]) -> None:
         assert torch.equal(logits, expected_logits), (logits - expected_logits).abs().max()
 
 
-ARRANGEMENTS: dict[str, tuple[Topology, dict[str, int]]] = {
+ARRANGEMENTS: dict[str, tuple[Topology, dict[str, Any]]] = {
     "batch of 32": (fused, {}),
     "chunks of 3": (fused, {"max_step_tokens": 3}),
     "chunks of 16": (fused, {"max_step_tokens": 16, "page_size": 8}),
@@ -236,6 +237,8 @@ ARRANGEMENTS: dict[str, tuple[Topology, dict[str, int]]] = {
     "chunks of 64": (fused, {"max_step_tokens": 64, "page_size": 64}),
     "1 expert worker": (split, {"num_experts": 1}),
     "2 attention and 4 expert workers, 2 lanes": (split, {"num_experts": 4, "num_attention": 2, "lanes": 2}),
+    "a pipeline of 3": (split, {"stage_layers": ("0", "1", "2-last")}),
+    "2 uneven pipelines": (split, {"stage_layers": ("0", "1-last"), "num_attention": 2}),
 }
 
 
@@ -244,7 +247,9 @@ ARRANGEMENTS: dict[str, tuple[Topology, dict[str, int]]] = {
 @pytest.mark.parametrize("model", [goldens.DIRECTORY, DEMO_MODEL], ids=["tiny", "demo"])
 def test_thirty_two_at_once(model: object, dtype: str, arrangement: str) -> None:
     topology, sizes = ARRANGEMENTS[arrangement]
-    setup = ExactSetup(model, dtype, **sizes)  # type: ignore[arg-type]
+    last = str(ModelConfig.from_file(model).num_layers - 1)  # type: ignore[arg-type]
+    stages = tuple(layers.replace("last", last) for layers in sizes.get("stage_layers", ("all",)))
+    setup = ExactSetup(model, dtype, **{**sizes, "stage_layers": stages})  # type: ignore[arg-type]
     check(asyncio.run(answers(topology, setup, together=True)), alone(model, dtype))
 
 

@@ -16,6 +16,9 @@ from tests.topologies import Setup, fused, fused_remote, greedy, processes, requ
 TOLERANCE = 1e-4
 NUM_TOKENS = 16
 
+STAGES = [("0", "1", "2"), ("0-1", "2"), ("1-2", "0")]
+"""Layers of the stages of a pipeline; they need not be named in their order."""
+
 Topology = Callable[[Setup], contextlib.AbstractAsyncContextManager[Engine]]
 
 
@@ -87,6 +90,39 @@ def test_page_sizes(page_size: int) -> None:
     asyncio.run(check_all(fused, Setup(goldens.DIRECTORY, page_size=page_size), "seed", False))
 
 
+@pytest.mark.parametrize("stages", STAGES, ids="+".join)
+@pytest.mark.parametrize("topology", [fused, split])
+@pytest.mark.parametrize(("variant", "golden"), [("vllm", "seed"), ("xai", "xai")])
+def test_pipelines(topology: Topology, stages: tuple[str, ...], variant: str, golden: str) -> None:
+    setup = Setup(goldens.DIRECTORY, variant=variant, stage_layers=stages)
+    asyncio.run(check_all(topology, setup, golden, False))
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 33])
+def test_pipelines_with_chunked_prefill(chunk: int) -> None:
+    setup = Setup(goldens.DIRECTORY, max_step_tokens=chunk, page_size=8, stage_layers=STAGES[0])
+    asyncio.run(check_all(split, setup, "seed", False))
+
+
+def test_pipelines_with_preemption() -> None:
+    """See test_preemption_changes_nothing; here every page is in three stages."""
+
+    async def go() -> int:
+        setup = Setup(goldens.DIRECTORY, page_size=8, num_pages=16, max_step_tokens=24, stage_layers=STAGES[0])
+        async with split(setup) as engine:
+            many = [prompt for prompt in goldens.PROMPTS for _ in range(3)]
+            results = await asyncio.gather(*(greedy(engine, goldens.PROMPTS[prompt], NUM_TOKENS) for prompt in many))
+            assert results == [goldens.greedy("seed", prompt) for prompt in many]
+            return engine.report.num_preemptions
+
+    assert asyncio.run(go()) > 0
+
+
+def test_two_pipelines_and_expert_replicas() -> None:
+    setup = Setup(goldens.DIRECTORY, lanes=3, num_experts=4, expert_replicas=2, num_attention=2, stage_layers=STAGES[1])
+    asyncio.run(check_all(split, setup, "seed", False))
+
+
 @pytest.mark.parametrize("lanes", [2, 3])
 def test_lanes_replicas_and_attention_workers(lanes: int) -> None:
     setup = Setup(goldens.DIRECTORY, lanes=lanes, num_experts=4, expert_replicas=2, num_attention=2)
@@ -111,6 +147,11 @@ def test_preemption_changes_nothing() -> None:
 def test_processes(transport: str) -> None:
     setup = Setup(goldens.DIRECTORY, num_experts=2, expert_transport=transport)
     asyncio.run(check_all(processes, setup, "seed", False))
+
+
+@pytest.mark.cluster
+def test_stages_as_processes() -> None:
+    asyncio.run(check_all(processes, Setup(goldens.DIRECTORY, num_experts=2, stage_layers=STAGES[0]), "seed", False))
 
 
 @pytest.mark.parametrize("prompt", ["len1", "len2", "len7", "len33"])
