@@ -1,5 +1,5 @@
 """What a request can ask for, through the service over real attention and experts: each feature against the logits of
-the goldens or against what the tokens themselves say.
+the goldens or against what the tokens themselves say. All of it from one attention worker and from a pipeline of them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from grpc_status import rpc_status
 from grokmoe.v1 import control_pb2
 from grokmoe.v1 import generation_pb2 as pb
 from tests import goldens
+from tests.router import served
+from tests.router.pipelines import faulty_stages, pipeline
 from tests.router.served import TOKENIZER, Served, service
 from tests.router.tiny import CONFIG, RestartingAttention, golden_tokens, until
 
 PROMPT = "len33"
 IDS = goldens.PROMPTS[PROMPT]
+
+
+@pytest.fixture(autouse=True, params=["one worker", "a pipeline"])
+def _attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a pipeline":
+        monkeypatch.setattr(served, "attention_link", lambda: pipeline(*faulty_stages((0, 1, 2, 3))))
 
 
 def request(**parts: Any) -> pb.GenerateRequest:
