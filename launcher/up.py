@@ -26,7 +26,9 @@ from grokmoe.settings import setting, to_flags
 from launcher.openai import DEFAULT_OPENAI_PORT, check_can_start, gateway_process, serve_with
 from launcher.paths import DEFAULT_HOST, DEFAULT_PORT, DEMO_MODEL
 from launcher.process import RoleProcess
+from launcher.stage_layers import stage_layers
 from router.config import LimitSettings, RouterSettings, read_placement
+from router.discovery import STAGE_JOINT
 from router.placement import spread
 from router.transport.pair_offers import GRPC
 
@@ -40,8 +42,12 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
     expert_dtype: str = setting(SAME, "what experts are stored in: as dtype says, or int8", choices=EXPERT_DTYPES)
     experts: int = setting(2, "expert worker processes", metavar="N")
-    attention: int = setting(1, "attention workers", metavar="M")
+    attention: int = setting(1, "attention workers, or pipelines of them", metavar="M")
     tensor_parallel: int = setting(1, "ranks of each attention worker, a process each", metavar="T")
+    pipeline_stages: int = setting(1, "workers among which the layers are shared out, in each of the M", metavar="S")
+    stage_layers: tuple[str, ...] = setting(
+        [], "layers of each stage, such as 0-20,21-63; empty: as even as can be", metavar="LAYERS"
+    )
     expert_transport: str = setting(
         GRPC,
         "how rows travel to expert workers: in messages, or beside them by gloo or NCCL",
@@ -51,7 +57,7 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     host: str = setting(DEFAULT_HOST, "host the router serves on")
     port: int = setting(DEFAULT_PORT, "port the router serves on; 0: any free one")
     state: str = setting("", "file to write addresses and process ids to, as JSON", metavar="FILE")
-    lanes: int = setting(1, "steps in flight per attention worker")
+    lanes: int = setting(1, "steps in flight per attention worker; in a pipeline at least one for each stage")
     page_size: int = setting(32, "positions per KV page")
     kv_gib: float = setting(1.0, "memory for KV pages of each attention worker in GiB, of each rank if it has several")
     deterministic: bool = setting(False, "the same bits whatever else is computed beside, in bfloat16 too")
@@ -97,6 +103,7 @@ class Cluster:
         Raises ConfigError for counts that cannot be.
         """
         self.settings, self._report, self._say = settings, report, say
+        self._layers: dict[RoleProcess, str] = {}
         self._directory = Path(tempfile.mkdtemp(prefix="grokmoe-"))
         if len(str(self._directory)) > MAX_SOCKET_FOLDER:
             self._directory.rmdir()
@@ -115,15 +122,15 @@ class Cluster:
         worker = {**common, "deterministic": s.deterministic, "traces": s.traces}
         workers = []
         sizes = {"page_size": s.page_size, "kv_gib": s.kv_gib, "max_step_tokens": s.max_step_tokens}
-        for index in range(s.attention):
+        stages = stage_layers(config.num_layers, s.pipeline_stages, s.stage_layers)
+        threads = s.threads or _share(s.attention * len(stages) * s.tensor_parallel)
+        for index, layers in enumerate(stages * s.attention):
             attention = AttentionWorkerSettings(
-                **worker,
-                **sizes,
-                threads=s.threads or _share(s.attention * s.tensor_parallel),
-                tensor_parallel=s.tensor_parallel,
+                **worker, **sizes, layers=layers, threads=threads, tensor_parallel=s.tensor_parallel
             )
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
             workers.append(RoleProcess("attention", index, "attention_worker", flags, self._say))
+            self._layers[workers[-1]] = layers
         for index, held in enumerate(_held(s, config.num_experts)):
             experts = ExpertWorkerSettings(
                 **worker,
@@ -137,7 +144,10 @@ class Cluster:
         router = RouterSettings(
             **common,
             placement=str(Path(s.placement).resolve()) if s.placement else "",
-            attention=tuple(self._socket("attention", index) for index in range(s.attention)),
+            attention=tuple(
+                STAGE_JOINT.join(self._socket("attention", first + number) for number in range(len(stages)))
+                for first in range(0, s.attention * len(stages), len(stages))
+            ),
             experts=tuple(self._socket("expert", index) for index in range(s.experts)),
             lanes=s.lanes,
             rebalance=s.rebalance,
@@ -199,7 +209,8 @@ class Cluster:
         listed: list[dict[str, str | int]] = []
         for process in self.processes:
             of = {"index": process.index, "address": process.address, "metrics": process.metrics}
-            listed.append({"role": process.role, "pid": process.pid, **of})
+            layers = {"layers": self._layers[process]} if process in self._layers else {}
+            listed.append({"role": process.role, "pid": process.pid, **of, **layers})
             # The worker's first rank is the worker's process; the others have no address.
             listed += [
                 {"role": RANK_ROLE, "pid": pid, "index": process.index, "rank": rank}
