@@ -73,7 +73,7 @@ def _stage(stage: PipelineStage) -> pb.PipelineStage:
         address=stage.address,
         layer_begin=info.layer_begin,
         layer_end=info.layer_end,
-        device=info.device,
+        device=info.place,
         incarnation=info.incarnation,
     )
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.chaos --faults 50 --resume FILE    every kind and role; the same again goes on with it
     python -m benchmarks.chaos --faults 10 --kinds kill,hang --targets expert
+    python -m benchmarks.chaos --stages 2 --targets attention    attention workers are pipelines, faults are of a stage
     python -m benchmarks.chaos --soak 20                    faults of all kinds for so many minutes, then: what is held
 
 Every cluster is real processes: a router, attention workers, and expert workers with every expert on two of them, the
@@ -215,6 +216,7 @@ def main() -> None:
         help="write every effect there, and go on with those that are there: --faults is of all runs together",
     )
     parser.add_argument("--attention", type=int, default=2, help="attention workers (default: 2)")
+    parser.add_argument("--stages", type=int, default=1, help="processes that make one of them (default: 1)")
     parser.add_argument("--experts", type=int, default=4, help="expert workers (default: 4)")
     parser.add_argument("--replicas", type=int, default=2, help="workers that hold each expert (default: 2)")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/reliability.md has it")
@@ -222,7 +224,7 @@ def main() -> None:
     kinds, targets = tuple(given.kinds.split(",")), tuple(given.targets.split(","))
     if unknown := [name for name in (*kinds, *targets) if name not in (*FAULTS, *TARGETS)]:
         parser.error(f"unknown: {', '.join(unknown)}")
-    plan = ClusterPlan(attention=given.attention, experts=given.experts, replicas=given.replicas)
+    plan = ClusterPlan(attention=given.attention, stages=given.stages, experts=given.experts, replicas=given.replicas)
     options = Options(
         given.faults,
         kinds,

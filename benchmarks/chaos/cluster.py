@@ -22,7 +22,9 @@ from grokmoe.model_config import ModelConfig
 from grokmoe.server import ServerSettings
 from grokmoe.settings import to_flags
 from launcher.paths import DEMO_MODEL
+from launcher.stage_layers import stage_layers
 from router.config import RouterSettings
+from router.discovery import STAGE_JOINT
 from router.placement import spread
 
 STATUS_POLL = 0.02
@@ -36,6 +38,7 @@ WORKER_PORT = 7100
 class ClusterPlan:
     """What is started. Every expert is on `replicas` workers; float32, so that a token has one right value.
 
+    attention: attention workers, each a pipeline of `stages` processes, which are the nodes then.
     proxied, in_namespaces, full_disk name roles or single nodes (`expert 0`). proxied: the router reaches them through
     the proxy. in_namespaces: they are in network namespaces of their own. full_disk: they log everything to a disk that
     is full.
@@ -44,6 +47,7 @@ class ClusterPlan:
 
     model: Path = DEMO_MODEL
     attention: int = 2
+    stages: int = 1
     experts: int = 4
     replicas: int = 2
     proxied: tuple[str, ...] = ()
@@ -79,11 +83,13 @@ class ChaosCluster:
     def _add_workers(self) -> None:
         plan = self.plan
         common: dict[str, Any] = {"model": str(plan.model), "dtype": "float32"}
-        for index in range(plan.attention):
-            attention = AttentionWorkerSettings(**common, page_size=16, kv_gib=0.01, max_step_tokens=512, threads=1)
+        config = ModelConfig.from_file(plan.model)
+        for index, layers in enumerate(stage_layers(config.num_layers, plan.stages) * plan.attention):
+            attention = AttentionWorkerSettings(
+                **common, layers=layers, page_size=16, kv_gib=0.01, max_step_tokens=512, threads=1
+            )
             self.workers.append(self._worker("attention", index, plan.attention_module, to_flags(attention)))
-        num_experts = ModelConfig.from_file(plan.model).num_experts
-        for index, held in enumerate(spread(num_experts, plan.experts, plan.replicas)):
+        for index, held in enumerate(spread(config.num_experts, plan.experts, plan.replicas)):
             experts = ExpertWorkerSettings(**common, experts=",".join(map(str, held)), threads=1)
             self.workers.append(self._worker("expert", index, "expert_worker", to_flags(experts)))
 
@@ -117,10 +123,11 @@ class ChaosCluster:
             role: tuple(worker.address for worker in self.workers if worker.role == role)
             for role in ("attention", "expert")
         }
+        stages = iter(addresses["attention"])
         settings = RouterSettings(
             model=str(self.plan.model),
             dtype="float32",
-            attention=addresses["attention"],
+            attention=tuple(map(STAGE_JOINT.join, zip(*[stages] * self.plan.stages, strict=True))),
             experts=addresses["expert"],
             max_migrations=self.plan.max_migrations,
         )

@@ -105,7 +105,8 @@ def compose(stages: Sequence[PipelineStage]) -> AttentionInfo:
         layer_end=infos[-1].layer_end,
         num_pages=min(info.num_pages for info in infos),
         max_step_tokens=min(info.max_step_tokens for info in infos),
-        device=STAGE_JOINT.join(dict.fromkeys(info.device for info in infos)),
+        device=STAGE_JOINT.join(dict.fromkeys(info.place for info in infos)),
+        num_ranks=1,
         is_draining=any(info.is_draining for info in infos),
         stages=tuple(stages),
     )

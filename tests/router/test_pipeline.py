@@ -43,7 +43,7 @@ class TestCompose:
     def test_what_several_are_together(self) -> None:
         stages = [
             stage("b", 0, 1, num_pages=30),
-            stage("a", 1, 4, incarnation="two", max_step_tokens=50, device="cuda:0"),
+            stage("a", 1, 4, incarnation="two", max_step_tokens=50, device="cuda:0", num_ranks=8),
             stage("c", 4, 6, incarnation="three", num_pages=9, is_draining=True),
         ]
         assert compose(stages) == dataclasses.replace(
@@ -52,7 +52,7 @@ class TestCompose:
             layer_end=6,
             num_pages=9,
             max_step_tokens=50,
-            device="cpu+cuda:0",
+            device="cpu+cuda:0 x 8",
             is_draining=True,
             stages=tuple(stages),
         )
