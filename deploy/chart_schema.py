@@ -39,7 +39,7 @@ SET_BY_CHART: dict[type, set[str]] = {
     },
     RouterSettings: {
         "model", "model_name", "variant", "dtype", "attention", "experts", "placement", "join_timeout",
-        "traces", "trace_share",
+        "traces", "trace_share", "pair_host",
         "worker_tls_ca", "worker_tls_certificate", "worker_tls_key", "worker_tls_server_name", "worker_token_file",
     },
     GatewaySettings: {

@@ -78,6 +78,9 @@ VARIANTS: Mapping[str, Object] = {
         "image": {"repository": "registry.example.com/grokmoe", "tag": "1", "pullSecrets": [{"name": "pull"}]},
         "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-extra"}}],
     },
+    "pairs": {
+        "router": {"settings": {"expert-transport": "gloo"}, "env": [{"name": "GLOO_SOCKET_IFNAME", "value": "eth0"}]},
+    },
     "gateway": {
         "cells": {"shape": "split", "count": 3},
         "gateway": {"openai": {"enabled": True, "replicas": 2, "settings": {"log-level": "debug"}}},

@@ -249,6 +249,7 @@ def test_only_routers_reach_workers(case: str) -> None:
     policies = of_kind(found, "NetworkPolicy")
     for each in roles(case):
         mine = [one for one in policies if matches(one["spec"]["podSelector"], pod_labels(each))]
+        mine = [one for one in mine if not one["metadata"]["name"].endswith("-pairs")]  # test_ends_of_a_pair_may_meet
         assert len(mine) == 1
         spec = mine[0]["spec"]
         component = each["metadata"]["labels"]["app.kubernetes.io/component"]
@@ -275,6 +276,20 @@ def test_only_routers_reach_workers(case: str) -> None:
             ports_of(each)["grpc"],
             ports_of(each)["metrics"],
         }
+
+
+def test_ends_of_a_pair_may_meet() -> None:
+    found = objects("pairs")
+    router = next(container for _, _, container in containers(found) if container["name"] == "router")
+    assert "--pair-host=$(POD_IP)" in router["args"]
+    assert [one["name"] for one in router["env"]] == ["POD_IP", "GLOO_SOCKET_IFNAME"]
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(found, "NetworkPolicy")}
+    for own, other in (("router", "expert"), ("expert", "router")):
+        spec = policies[f"demo-grokmoe-{own}-pairs"]
+        for rules, side in ((spec["ingress"], "from"), (spec["egress"], "to")):
+            assert [sorted(rule) for rule in rules] == [[side]], "every port"
+            peers = selected("pairs", rules[0][side][0]["podSelector"])
+            assert {each["metadata"]["labels"]["app.kubernetes.io/component"] for each in peers} == {other}
 
 
 GATED = [case for case in CASES if CASES[case].get("gateway", {}).get("openai", {}).get("enabled")]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_the_dockerfile_has_no_findings() -> None:
 def test_a_lock_file_has_what_the_project_asks_for(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["server"], *(extras["gpu"] if name == "cuda" else ())]
+    roles = ("server", "otel", "smg", *(("gpu",) if name == "cuda" else ()))
+    wanted = [*project["dependencies"], *(one for role in roles for one in extras[role])]
     pins = locked(name)
     for requirement in map(Requirement, wanted):
         version = Version(pins[canonicalize_name(requirement.name)])
@@ -137,12 +139,16 @@ class Build:
         """A path of the image on this machine."""
         return self._root / path.lstrip("/")
 
+    def enter(self, folder: str) -> None:
+        """WORKDIR."""
+        self._folder = folder
+        self.here(folder).mkdir(parents=True, exist_ok=True)
+
     def do(self, name: str, skip: str = "") -> None:
         """All of a stage; RUN lines that contain `skip` are left out."""
         for word, rest in stage(name):
             if word == "WORKDIR":
-                self._folder = rest
-                self.here(rest).mkdir(parents=True, exist_ok=True)
+                self.enter(rest)
             elif word == "COPY":
                 self._copy(rest.replace("${ACCELERATOR}", "cpu"))
             elif word == "RUN" and not (skip and skip in rest):
@@ -162,9 +168,15 @@ class Build:
                 shutil.copy(path, into)
 
     def run(self, line: str) -> str:
-        """A RUN line, its absolute paths below the folder. Returns what it wrote."""
-        local = re.sub(r"(?<![\w./])/(build|opt)/", f"{self._root}/\\1/", line)
-        done = subprocess.run(
+        """A RUN line that succeeds. Returns what it wrote."""
+        done = self.attempt(line)
+        assert done.returncode == 0, f"{done.args[-1]}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def attempt(self, line: str) -> subprocess.CompletedProcess[str]:
+        """A RUN line, its absolute paths below the folder."""
+        local = re.sub(r"(?<![\w./])/(build|opt|var/lib/apt)/", f"{self._root}/\\1/", line)
+        return subprocess.run(
             ["/bin/sh", "-ec", local],
             cwd=self.here(self._folder),
             env=self._environment,
@@ -173,8 +185,6 @@ class Build:
             timeout=250,
             check=False,
         )
-        assert done.returncode == 0, f"{local}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -193,6 +203,85 @@ def show_packages(venv: Path, folder: Path) -> None:
                 (folder / entry.name).symlink_to(entry)
     site_packages = next((venv / "lib").glob("python*")) / "site-packages"
     (site_packages / "packages-of-this-environment.pth").write_text(f"{folder}\n")
+
+
+RUN_BY = {
+    "packages": "test_packages_are_installed_by_their_hashes",
+    "project": "test_the_project_is_packaged_whole_by_the_images_steps",
+    "accelerator-cuda": "test_the_binding_to_the_driver_is_built_with_the_image_and_found_in_the_pod",
+    "accelerator-cpu": "test_the_image_for_cpus_has_no_binding",
+}
+"""Stage -> the test that runs its RUN lines; of `accelerator-cuda` the compiler is got by the one after it."""
+
+
+def test_every_run_line_is_run_here() -> None:
+    stages = [rest.rpartition(" AS ")[2] for word, rest in instructions() if word == "FROM"]
+    assert {name for name in stages if any(word == "RUN" for word, _ in stage(name))} == set(RUN_BY)
+    assert all(test in globals() for test in RUN_BY.values())
+
+
+SMALL = ("click", "filelock", "typing-extensions", "wheel")
+"""Of the lock file what is downloaded in a moment."""
+
+
+def lock_of(names: Sequence[str], text: str) -> str:
+    """A lock file's entries of some packages."""
+    return "".join(re.findall(rf"^(?:{'|'.join(names)})==.*(?:\n +--hash.*)+\n", text, re.MULTILINE))
+
+
+def test_packages_are_installed_by_their_hashes(tmp_path: Path) -> None:
+    """RUN of the stage `packages` with the small ones of its lock file; whole: test_all_steps_of_the_image_for_cpus."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ((_, line),) = [one for one in stage("packages") if one[0] == "RUN"]
+    lock = lock_of(SMALL, LOCKS["cpu"].read_text())
+    assert lock.count("==") == len(SMALL)
+    for folder, content in (("good", lock), ("bad", re.sub(r"sha256:[0-9a-f]{8}", "sha256:00000000", lock))):
+        build = Build(tmp_path / folder, environment(TORCH_INDEX=empty.as_uri(), PIP_RETRIES="1", PIP_TIMEOUT="20"))
+        for word, rest in stage("packages"):
+            if word == "WORKDIR":
+                build.enter(rest)
+        build.here("/build/requirements.lock").write_text(content)
+        done = build.attempt(line)
+        if re.search(r"Could not find a version|Connection|Temporary failure", done.stderr):
+            pytest.skip("no package index is reached from here")
+        if folder == "good":
+            assert done.returncode == 0, done.stderr
+        else:
+            assert done.returncode != 0, "a package that is not the one of the lock file was installed"
+            assert "DO NOT MATCH THE HASHES" in done.stderr
+    installed = {path.name.partition("-")[0] for path in (tmp_path / "good/opt").rglob("*.dist-info")}
+    assert installed == {name.replace("-", "_") for name in SMALL}
+
+
+def test_the_image_for_cpus_has_no_binding(tmp_path: Path) -> None:
+    build = Build(tmp_path, environment())
+    build.enter("/build/source")
+    build.do("accelerator-cpu")
+    assert list(build.here("/opt/grokmoe/triton").iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="the image is Debian's, this machine is not")
+def test_the_compiler_is_got_and_its_lists_are_left_behind(tmp_path: Path) -> None:
+    """The RUN line with apt-get, in folders of its own, up to where packages would be unpacked."""
+    (line,) = [rest for word, rest in stage("accelerator-cuda") if word == "RUN" and "apt-get" in rest]
+    lists, cache = tmp_path / "var/lib/apt/lists", tmp_path / "cache"
+    for folder in (lists / "partial", cache / "archives" / "partial"):
+        folder.mkdir(parents=True)
+    config = tmp_path / "apt.conf"
+    config.write_text(
+        f'Dir::State::lists "{lists}";\nDir::Cache "{cache}";\nAPT::Sandbox::User "root";\n'
+        f'APT::Get::Simulate "true";\nDebug::NoLocking "true";\n'
+    )
+    build = Build(tmp_path, environment(APT_CONFIG=str(config)))
+    build.enter("/build")
+    update, _, rest = line.partition(" && ")
+    if build.attempt(update).returncode:
+        pytest.skip("no package lists are reached from here")
+    assert list(lists.glob("*Packages*")), "nothing was listed"
+    said = build.run(rest)
+    assert re.search(r"gcc", said)
+    assert list(lists.iterdir()) == [], "lists would be in the image's layers"
 
 
 def test_the_project_is_packaged_whole_by_the_images_steps(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@
 {{- end }}
 {{- end }}
 
+{{/* Whether rows go to expert workers beside gRPC, by gloo or NCCL: "true" or empty. */}}
+{{- define "grokmoe.hasPairs" -}}
+{{- index .Values.router.settings "expert-transport" | default "grpc" | ne "grpc" | ternary "true" "" }}
+{{- end }}
+
 {{/* Where spans go, as a rule of egress; empty: nowhere, or tracing.collector is everybody's. */}}
 {{- define "grokmoe.tracingEgress" -}}
 {{- with .Values.tracing }}
