@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from attention_worker.config import AttentionWorkerSettings  # noqa: E402
 from expert_worker.config import ExpertWorkerSettings  # noqa: E402
+from grokmoe.expert_units import SLICE_MULTIPLE  # noqa: E402
 from grokmoe.server import ServerSettings  # noqa: E402
 from launcher.gateway import GatewaySettings  # noqa: E402
 from router.config import RouterSettings  # noqa: E402
@@ -56,7 +57,11 @@ NUM_EXPERTS_OF_SCHEMA = 8
 """Of Grok-1. That experts beyond, and single layers, have a host is checked when the chart is rendered."""
 
 SPEC = r"(all|[0-9]{1,3}(-[0-9]{1,3})?(,[0-9]{1,3}(-[0-9]{1,3})?)*)"
-EXPERT_SPEC = rf"^{SPEC}(@{SPEC})?(\+{SPEC}(@{SPEC})?)*$"
+MAX_SLICES = 64
+"""Into which an expert is cut, by values. The worker itself takes more."""
+
+SLICES = rf"(:{SPEC}/([1-9]|[1-5][0-9]|6[0-4]))?"
+EXPERT_SPEC = rf"^{SPEC}{SLICES}(@{SPEC})?(\+{SPEC}{SLICES}(@{SPEC})?)*$"
 """The grammar of `--experts`, without blanks."""
 
 DEVICE = "^(cpu|cuda(:[0-9]+)?)$"
@@ -76,6 +81,7 @@ def schema() -> dict[str, Any]:
     definitions["attentionDevice"] = {"type": "string", "pattern": DEVICE}
     definitions["expertSpec"] = {"type": "string", "pattern": EXPERT_SPEC}
     whole["allOf"] += [has_host(expert) for expert in range(NUM_EXPERTS_OF_SCHEMA)]
+    whole["allOf"] += [divides(count) for count in range(2, MAX_SLICES + 1)]
     return whole
 
 
@@ -103,11 +109,20 @@ def has_host(expert: int) -> dict[str, Any]:
     """If the model has this expert, some pod of some pool names it."""
     assert expert < 10, "ranges are compared by their digits"
     first, last = f"[0-{expert}]", f"([{expert}-9]|[0-9]{{2,}})"
-    named = rf"(^|[+])([0-9,-]+,)?(all|{expert}|{first}-{last})(,[0-9,-]+)?($|[@+])"
+    named = rf"(^|[+])([0-9,-]+,)?(all|{expert}|{first}-{last})(,[0-9,-]+)?($|[:@+])"
     pool = {"required": ["pods"], "properties": {"pods": {"contains": {"type": "string", "pattern": named}}}}
     return {
         "if": {"properties": {"model": {"properties": {"numExperts": {"minimum": expert + 1}}}}},
         "then": {"properties": {"experts": {"properties": {"pools": {"contains": pool}}}}},
+    }
+
+
+def divides(count: int) -> dict[str, Any]:
+    """If some pod holds a slice of so many, they are of one width, a multiple of what kernels take."""
+    cut = {"properties": {"pods": {"contains": {"type": "string", "pattern": f"/{count}($|[@+])"}}}}
+    return {
+        "if": {"properties": {"experts": {"properties": {"pools": {"contains": cut}}}}},
+        "then": {"properties": {"model": {"properties": {"ffnSize": {"multipleOf": SLICE_MULTIPLE * count}}}}},
     }
 
 

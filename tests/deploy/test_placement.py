@@ -142,11 +142,35 @@ def pools(*pods: str) -> Object:
         (["all", "8"], "names expert 8, the model has 8"),
         (["all", "0@4"], "names layer 4, the model has 4"),
         (["all", "3-1"], "is empty"),
+        (["all:1/2"], "nobody holds expert 0 in layer 0, slice 2/2"),
+        (["all:1-2/4", "all:3/4@all"], "slice 4/4"),
+        (["all:1/2", "all:2/2@0-2"], "nobody holds expert 0 in layer 3, slice 2/2"),
+        (["all:1/2", "all:2/2", "0:1/4"], "expert 0 of layer 0 is cut into 2 and into 4"),
+        (["all:1-3/2"], "names slice 3, there are 1 to 2"),
+        (["all:0-1/2"], "names slice 0, there are 1 to 2"),
+        (["all:1/3", "all:2/3", "all:3/3"], "multipleOf|multiple of"),
+        (["all:1/16", "all:2-16/16"], "multipleOf|multiple of"),  # 256 / 16 is no multiple of 32
     ],
 )
 def test_a_placement_that_cannot_be_is_refused(pods: list[str], words: str) -> None:
     with pytest.raises(helm_python.HelmError, match=words):
         objects_of(pools(*pods))
+
+
+def test_slices_are_waited_for_each_by_itself() -> None:
+    """Whoever holds an expert whole stands in for any of its slices."""
+    found = objects_of(pools("0-3:1/2+4-7", "all:2/2", "0-2:all/2+3"))
+    names = [f"demo-grokmoe-experts-p-0-{ordinal}.demo-grokmoe-experts" for ordinal in range(3)]
+    groups = awaited(found)
+    assert {names[0], names[2]} in groups, "slice 1/2 of experts 0 to 2, or expert 3 whole"
+    assert {names[1], names[2]} in groups
+    assert {names[0]} in groups, "expert 4 whole; its other slice has no fellow"
+
+
+def test_slices_that_divide_a_larger_model() -> None:
+    values = VARIANTS["download"] | pools(*(f"all:{number}/16" for number in range(1, 17)))
+    values["model"] = values["model"] | {"ffnSize": 32768}
+    assert objects_of(values)
 
 
 _number = st.integers(0, 7).map(str)
