@@ -37,6 +37,8 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._handled = Counter(
             "grpc_server_handled_total", "Calls ended, by status code.", (*CALL, "grpc_code"), registry=registry
         )
+        self._received = Counter("grpc_server_msg_received_total", "Messages of callers.", CALL, registry=registry)
+        self._sent = Counter("grpc_server_msg_sent_total", "Messages to callers.", CALL, registry=registry)
         self._seconds = Histogram(
             "grpc_server_handling_seconds",
             "Begin of a call to its end, streams included.",
@@ -56,24 +58,44 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         for kind in ("unary_unary", "unary_stream", "stream_stream"):
             behaviour = getattr(handler, kind)
             if behaviour is not None:
-                wrap = self._yielding if inspect.isasyncgenfunction(behaviour) else self._returning
+                is_generator = inspect.isasyncgenfunction(behaviour)
+                returning = self._answering if kind == "unary_unary" else self._writing
+                wrap = self._yielding if is_generator else returning
                 make = getattr(grpc, f"{kind}_rpc_method_handler")
                 return make(wrap(behaviour, labels), handler.request_deserializer, handler.response_serializer)
         return handler
 
-    def _returning(self, behaviour: Callable[..., Any], labels: Labels) -> Callable[..., Any]:
+    def _answering(self, behaviour: Callable[..., Any], labels: Labels) -> Callable[..., Any]:
         async def call(request: Any, context: Any) -> Any:
             with self._counted(labels, context):
-                return await behaviour(request, context)
+                self._received.labels(*labels).inc()
+                answer = await behaviour(request, context)
+                self._sent.labels(*labels).inc()
+                return answer
+
+        return call
+
+    def _writing(self, behaviour: Callable[..., Any], labels: Labels) -> Callable[..., Any]:
+        """Of a handler that reads from the context, or is given one message, and writes to the context."""
+        received, sent = self._received.labels(*labels), self._sent.labels(*labels)
+        is_given = labels[0] == "server_stream"
+
+        async def call(request: Any, context: Any) -> Any:
+            with self._counted(labels, context):
+                if is_given:
+                    received.inc()
+                return await behaviour(request, _CountedMessages(context, received.inc, sent.inc))
 
         return call
 
     def _yielding(self, behaviour: Callable[..., Any], labels: Labels) -> Callable[..., Any]:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
             with self._counted(labels, context):
+                self._received.labels(*labels).inc()
                 async with contextlib.aclosing(behaviour(request, context)) as answers:
                     async for answer in answers:
                         yield answer
+                        self._sent.labels(*labels).inc()
 
         return call
 
@@ -93,6 +115,28 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         finally:
             self._handled.labels(*labels, code).inc()
             self._seconds.labels(*labels).observe(time.perf_counter() - begin)
+
+
+class _CountedMessages:
+    """A handler's context that counts what is read from it and written to it."""
+
+    def __init__(self, context: Any, received: Callable[[], None], sent: Callable[[], None]) -> None:
+        self._context, self._received, self._sent = context, received, sent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def read(self) -> Any:
+        """See grpc.aio.ServicerContext."""
+        message = await self._context.read()
+        if message is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            self._received()
+        return message
+
+    async def write(self, message: Any) -> None:
+        """See grpc.aio.ServicerContext."""
+        await self._context.write(message)
+        self._sent()
 
 
 def _name(code: Any) -> str:

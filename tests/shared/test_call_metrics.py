@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from grokmoe.call_metrics import CallMetrics
 from grokmoe.channel import open_channel
 from grokmoe.errors import InvalidRequest
-from grokmoe.server import RoleServer, Service, server_stream, unary, written_stream
+from grokmoe.server import RoleServer, Service, raw_stream, server_stream, unary, written_stream
 from grokmoe.v1 import control_pb2 as pb
 
 NAME = "test.Service"
@@ -42,6 +42,11 @@ async def written(request: Any, context: Any) -> None:
     await context.write(pb.AbortResponse().SerializeToString())
 
 
+async def echo(_: Any, context: Any) -> None:
+    while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+        await context.write(message)
+
+
 SERVICE = Service(
     NAME,
     {
@@ -50,6 +55,7 @@ SERVICE = Service(
         "Stream": server_stream(stream, pb.AbortRequest, pb.AbortResponse),
         "Endless": server_stream(endless, pb.AbortRequest, pb.AbortResponse),
         "Written": written_stream(written, pb.AbortRequest),
+        "Echo": raw_stream(echo),
     },
 )
 
@@ -67,6 +73,12 @@ async def calls(registry: CollectorRegistry) -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             [answer async for answer in channel.unary_stream(f"/{NAME}/Stream")(request)]
         assert [answer async for answer in channel.unary_stream(f"/{NAME}/Written")(request)] == [b""]
+        both = channel.stream_stream(f"/{NAME}/Echo")()
+        for message in (b"a", b"b", b"c"):
+            await both.write(message)
+            assert await both.read() == message
+        await both.done_writing()
+        assert await both.read() is grpc.aio.EOF  # type: ignore[attr-defined]
         left = channel.unary_stream(f"/{NAME}/Endless")(request)
         await left.read()
         left.cancel()
@@ -97,5 +109,16 @@ def test_every_call_is_counted_by_how_it_ended() -> None:
         labels = {"grpc_type": kind, "grpc_service": NAME, "grpc_method": method}
         assert registry.get_sample_value("grpc_server_started_total", labels) == 1
         assert registry.get_sample_value("grpc_server_handling_seconds_count", labels) == 1
+        assert registry.get_sample_value("grpc_server_msg_received_total", labels) == 1
+    sent = {"Good": 1, "Bad": 0, "Stream": 1, "Written": 1, "Echo": 3}
+    for method, number in sent.items():
+        labels = {"grpc_service": NAME, "grpc_method": method}
+        found = [
+            registry.get_sample_value("grpc_server_msg_sent_total", {"grpc_type": kind, **labels}) or 0
+            for kind in ("unary", "server_stream", "bidi_stream")
+        ]
+        assert sum(found) == number, method
+    labels = {"grpc_type": "bidi_stream", "grpc_service": NAME, "grpc_method": "Echo"}
+    assert registry.get_sample_value("grpc_server_msg_received_total", labels) == 3
     methods = {sample.labels["grpc_method"] for family in registry.collect() for sample in family.samples}
     assert methods == set(SERVICE.handlers), "a method that a caller made up"
