@@ -90,8 +90,9 @@ def smg_flags(settings: GatewaySettings, manifest: Path | None = None) -> list[s
     }
     switches = [*([] if several else ["--disable-retries"]), *(["--log-json"] if settings.log_format == "json" else [])]
     if settings.traces:
-        # The gateway's span is the parent of the router's.
+        # The gateway's span is the parent of the router's. It has none of calls that it would not log.
         switches.append("--enable-trace")
+        flags["log-level"] = "debug" if settings.log_level == "debug" else "info"
         flags["otlp-traces-endpoint"] = settings.traces.partition("://")[2]
     if settings.model:
         flags["model-path"] = settings.model

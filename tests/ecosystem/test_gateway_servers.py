@@ -19,7 +19,9 @@ from launcher.gateway_servers import manifest
 from launcher.openai import free_port
 from launcher.paths import DEMO_MODEL
 from tests.cluster.command import Command, running
+from tests.ecosystem.gateway import wait_openai
 from tests.ecosystem.test_gateway import complete
+from tests.otlp_collector import collecting
 
 SERVE = ("serve", "--kv-gib", "0.01")
 PROMPT = "HAMLET.\nTo be"
@@ -97,3 +99,23 @@ def test_servers_come_and_go(gateway: tuple[str, Path]) -> None:
                 again.wait_ready()
                 assert soon(url) == expected
                 assert again.stop() == 0
+
+
+@pytest.mark.cluster
+def test_a_trace_goes_from_the_gateway_to_the_router() -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
+    with collecting() as collector:
+        flags = ("--port", "0", "--openai", "--openai-port", "0", "--traces", collector.url, "--trace-share", "0")
+        with running(*SERVE, *flags) as serve:
+            serve.wait_ready()
+            complete(wait_openai(serve), PROMPT)
+            deadline = time.monotonic() + PATIENCE
+            while not collector.named("grpc_execute"):  # it sends its spans when it likes
+                assert time.monotonic() < deadline, "the gateway sends no spans"
+                time.sleep(0.2)
+            assert serve.stop() == 0
+        (request,) = collector.named("request")
+        (call,) = [span for span in collector.spans if span.span_id == request.parent_id]
+        (http,) = [span for span in collector.spans if span.span_id == call.parent_id]
+        assert (call.service, http.service) == ("smg", "smg")
+        assert {call.trace_id, http.trace_id} == {request.trace_id}
