@@ -40,11 +40,16 @@ class WorkerState(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExpertRange:
-    """One expert in the layers from `layer_begin` to before `layer_end`; 0: to the last one."""
+    """One expert in the layers from `layer_begin` to before `layer_end`; 0: to the last one.
+
+    slice, num_slices: where it is cut along its ffn dimension, which slice is meant, from 0 on, and of how many.
+    """
 
     expert: int
     layer_begin: int = 0
     layer_end: int = 0
+    slice: int = 0
+    num_slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,13 +136,16 @@ class Worker:
 class ExpertPlacement:
     """Indices of the expert workers that hold an expert, preferred first, and the rows sent to it so far.
 
-    layer_rows: the same rows layer by layer; empty: an older server does not say.
+    layer_rows: the same rows layer by layer; empty: an older server does not say. slice, num_slices: see ExpertRange.
+    Of a slice the rows are its expert's.
     """
 
     expert: int
     workers: tuple[int, ...]
     rows: int
     layer_rows: tuple[int, ...] = ()
+    slice: int = 0
+    num_slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -198,7 +206,13 @@ def read_status(message: control.GetStatusResponse) -> Status:
         for worker in message.workers
     )
     placement = (
-        read_fields(ExpertPlacement, entry, workers=tuple(entry.workers), layer_rows=tuple(entry.layer_rows))
+        read_fields(
+            ExpertPlacement,
+            entry,
+            workers=tuple(entry.workers),
+            layer_rows=tuple(entry.layer_rows),
+            num_slices=entry.num_slices or 1,
+        )
         for entry in message.placement
     )
     return read_fields(
@@ -212,7 +226,7 @@ def read_status(message: control.GetStatusResponse) -> Status:
 
 
 def _read_ranges(ranges: Iterable[Any]) -> tuple[ExpertRange, ...]:
-    return tuple(read_fields(ExpertRange, each) for each in ranges)
+    return tuple(read_fields(ExpertRange, each, num_slices=each.num_slices or 1) for each in ranges)
 
 
 def _read_move(message: control.ExpertMove) -> ExpertMove:
@@ -233,7 +247,7 @@ def read_rebalance(message: control.RebalanceExpertsResponse) -> Rebalance:
 def build_move_request(
     experts: int | ExpertRange | Sequence[int | ExpertRange], source: str | None, target: str | None
 ) -> control.MoveExpertsRequest:
-    """A bare number is an expert in all layers."""
+    """A bare number is a whole expert in all layers."""
     each_of = [experts] if isinstance(experts, int | ExpertRange) else experts
     ranges = [each if isinstance(each, ExpertRange) else ExpertRange(each) for each in each_of]
     return control.MoveExpertsRequest(

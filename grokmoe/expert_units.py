@@ -2,7 +2,7 @@
 
 Slice i of K holds rows [i F / K, (i + 1) F / K) of an expert's `linear` and `linear_v`, and the same columns of its
 `linear_1` (F ffn). Between them lies an elementwise product, so a slice needs nothing of the others, and its output is
-one of K parts that sum to the expert's (docs/decisions/0016).
+one of K parts that sum to the expert's (docs/decisions/0019).
 
 Both are *units*, and a unit is a number. That of a whole expert is the expert's own: where nothing is sliced, there
 is nothing to see of slices. In ascending order whole experts come first, and slices that are as wide as one another

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from grokmoe import Client, ConfigError, ExpertMove, ExpertRange, Rebalance, Status, WorkerRole
+from grokmoe import Client, ConfigError, ExpertMove, ExpertRange, Rebalance, Status, WorkerRole, expert_spec
+from grokmoe.expert_ranges import ranges_of
+from grokmoe.expert_units import slice_of, unit_of
 from grokmoe.settings import add_flags, from_namespace
 from launcher.connection import ConnectionSettings
 
@@ -18,8 +19,11 @@ examples:
   grokmoe experts move 0,3 --from 1 --to 2          both experts, all layers
   grokmoe experts copy 5@0-15 --to expert-7:7002    one more holder, in the first 16 layers
   grokmoe experts drop 5@0-15 --from 0              one holder less, never the last one
+  grokmoe experts move 3:1/2 --from 0 --to 2        the first of two slices of an expert that is cut
   grokmoe experts rebalance --dry-run
-A worker is its address, or its number in `status`. Numbers of experts and layers can be ranges, both ends included."""
+A worker is its address, or its number in `status`. Experts are named as to an expert worker: EXPERTS[:SLICES/COUNT]
+[@LAYERS] joined by +, lists of numbers and ranges, both ends included. To cut an expert, copy its slices to their
+workers and then drop the whole one; to put it together, the other way round."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("drop", "off one worker, if another one has them"),
     ):
         command = commands.add_parser(name, help=f"put experts {text}" if name != "drop" else f"take experts {text}")
-        command.add_argument("experts", metavar="EXPERTS[@LAYERS]", help="such as 3 or 0-3,7@0-15; default: all layers")
+        command.add_argument(
+            "experts", metavar="EXPERTS[@LAYERS]", help="such as 3, 0-3,7@0-15 or 3:1/2; default: all layers"
+        )
         if name != "copy":
             command.add_argument("--from", dest="source", required=True, metavar="WORKER", help="who gives them up")
         if name != "drop":
@@ -55,7 +61,8 @@ def experts(namespace: argparse.Namespace) -> int:
         elif namespace.action == "rebalance":
             print(describe_rebalance(client.rebalance_experts(dry_run=namespace.dry_run, force=namespace.force)))
         else:
-            moved = parse_experts(namespace.experts)
+            model = client.model()
+            moved = parse_experts(namespace.experts, model.num_experts, model.num_layers)
             source = _worker(client, getattr(namespace, "source", None))
             target = _worker(client, getattr(namespace, "target", None))
             cost = client.move_experts(moved, source=source, target=target)
@@ -66,23 +73,16 @@ def experts(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def parse_experts(text: str) -> list[ExpertRange]:
-    """`0-3,7@0-15` as ranges. Raises ConfigError."""
-    numbers, at, layers = text.partition("@")
-    first, last = _span(layers, text) if at else (0, -1)
-    return [
-        ExpertRange(expert, first, last + 1)
-        for part in numbers.split(",")
-        for begin, end in [_span(part, text)]
-        for expert in range(begin, end + 1)
-    ]
-
-
-def _span(part: str, text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-    if match is None or int(match[2] or match[1]) < int(match[1]):
-        raise ConfigError(f"{text}: {part!r} is neither a number nor a range such as 0-3")
-    return int(match[1]), int(match[2] or match[1])
+def parse_experts(text: str, num_experts: int, num_layers: int) -> list[ExpertRange]:
+    """`0-3,7@0-15` or `3:1/2` as ranges. Raises ConfigError."""
+    held = expert_spec.parse_experts(text, num_experts, num_layers)
+    if not held:
+        raise ConfigError(f"experts is {text!r}: name those that are meant")
+    ranges = []
+    for unit, begin, end in ranges_of((layer, unit) for layer, units in held.items() for unit in units):
+        expert, index, num_slices = slice_of(unit)
+        ranges.append(ExpertRange(expert, begin, end, index, num_slices))
+    return ranges
 
 
 def _worker(client: Client, name: str | None) -> str | None:
@@ -138,23 +138,9 @@ def _move(move: ExpertMove) -> str:
 
 
 def describe_ranges(ranges: Iterable[ExpertRange]) -> str:
-    """Experts by their layers, as they are written on the command line: `0-3@0-15 7@0-7`."""
-    by_layers: dict[tuple[int, int], list[int]] = {}
-    for each in ranges:
-        by_layers.setdefault((each.layer_begin, each.layer_end), []).append(each.expert)
-    return " ".join(
-        f"{_spans(numbers)}@{_spans(range(begin, end))}" for (begin, end), numbers in sorted(by_layers.items())
-    )
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and spans[-1][1] + 1 == number:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(begin) if begin == end else f"{begin}-{end}" for begin, end in spans)
+    """As they are written on the command line: `0-3@0-15+7:1/2@0-7`; empty: none."""
+    units = [(unit_of(each.expert, each.slice, each.num_slices), each.layer_begin, each.layer_end) for each in ranges]
+    return expert_spec.describe_ranges(units) if units else ""
 
 
 def as_json(status: Status) -> dict[str, object]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grokmoe import ModelInfo, Status, Worker, WorkerRole, WorkerState
+from grokmoe.expert_units import describe_unit, unit_of
 from launcher.experts import describe_ranges
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def _experts(status: Status, rates: Rates) -> Table:
         shade = SHADES[round(rate / most * (len(SHADES) - 1))] if most else SHADES[0]
         workers = Text(",".join(map(str, each.workers))) if each.workers else Text("nobody", "bold red")
         heat = [_heat(rates.rows_EL.get(each.expert, ()), hottest)] if hottest else []
-        table.add_row(str(each.expert), f"{rate:.0f}", Text(_bar(rate, most), f"color({shade})"), workers, *heat)
+        unit = describe_unit(unit_of(each.expert, each.slice, each.num_slices))
+        table.add_row(unit, f"{rate:.0f}", Text(_bar(rate, most), f"color({shade})"), workers, *heat)
     return table
 
 

@@ -18,7 +18,10 @@ from expert_worker.config import ExpertWorkerSettings
 from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
 from grokmoe.checkpoint import read_config
 from grokmoe.errors import ConfigError
+from grokmoe.expert_spec import describe_units
+from grokmoe.expert_units import check_slicing, expert_of, num_slices_of, units_of
 from grokmoe.logs import LogSettings, log_to_stderr, say
+from grokmoe.model_config import ModelConfig
 from grokmoe.pairs import BACKENDS
 from grokmoe.security import SecuritySettings
 from grokmoe.server import ServerSettings, check_port, stop_signal
@@ -29,6 +32,7 @@ from launcher.process import RoleProcess
 from launcher.stage_layers import stage_layers
 from router.config import LimitSettings, RouterSettings, read_placement
 from router.discovery import STAGE_JOINT
+from router.experts.fitness import most_rows_per_token
 from router.placement import spread
 from router.transport.pair_offers import GRPC
 
@@ -54,6 +58,9 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
         choices=(GRPC, *BACKENDS),
     )
     expert_replicas: int = setting(1, "workers that hold each expert", metavar="R")
+    expert_slices: int = setting(
+        1, "cut each expert into so many slices, which workers compute at the same time", metavar="K"
+    )
     host: str = setting(DEFAULT_HOST, "host the router serves on")
     port: int = setting(DEFAULT_PORT, "port the router serves on; 0: any free one")
     state: str = setting("", "file to write addresses and process ids to, as JSON", metavar="FILE")
@@ -64,8 +71,8 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     threads: int = setting(0, "threads of each worker or rank; 0: the cores shared out among those of a role")
     placement: str = setting(
         "",
-        'which workers hold and serve each expert, in this order: a JSON file {"expert": [worker, ...]}; '
-        "empty: spread evenly",
+        'which workers hold and serve experts, in this order: a JSON file {"EXPERTS": [worker, ...]}, EXPERTS as 0, '
+        "0-3 or 0:1/2; empty: spread evenly",
         metavar="FILE",
     )
     rebalance: str = setting("off", "move experts between workers by itself, to even out their load", ("off", "auto"))
@@ -131,13 +138,14 @@ class Cluster:
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
             workers.append(RoleProcess("attention", index, "attention_worker", flags, self._say))
             self._layers[workers[-1]] = layers
-        for index, held in enumerate(_held(s, config.num_experts)):
+        for index, held in enumerate(_held(s, config)):
+            most_rows = s.max_step_tokens * most_rows_per_token(held, config.experts_per_token)
             experts = ExpertWorkerSettings(
                 **worker,
                 expert_dtype=s.expert_dtype,
-                experts=",".join(map(str, held)),
+                experts=describe_units(held),
                 threads=s.threads or _share(s.experts),
-                max_rows=max(ExpertWorkerSettings.max_rows, s.max_step_tokens * config.experts_per_token),
+                max_rows=max(ExpertWorkerSettings.max_rows, most_rows),
             )
             flags = [*to_flags(experts), *self._serve_flags("expert", index)]
             workers.append(RoleProcess("expert", index, "expert_worker", flags, self._say))
@@ -228,13 +236,23 @@ class Cluster:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _held(settings: UpSettings, num_experts: int) -> tuple[tuple[int, ...], ...]:
-    """The experts of each worker. Raises ConfigError for a placement that leaves an expert or a worker out."""
-    table = read_placement(settings.placement)
+def _held(settings: UpSettings, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """The units of each worker. Raises ConfigError for a placement that leaves an expert or a worker out, and for
+    slices that cannot be."""
+    num_experts, num_slices = config.num_experts, settings.expert_slices
+    check_slicing("expert_slices", num_slices, config.intermediate_size)
+    table = read_placement(settings.placement, num_experts)
     if table is None:
-        return spread(num_experts, settings.experts, settings.expert_replicas)
-    if set(table) != set(range(num_experts)):
-        raise ConfigError(f"placement {settings.placement}: must name experts 0 to {num_experts - 1}")
+        return spread(num_experts, settings.experts, settings.expert_replicas, num_slices)
+    if num_slices > 1:
+        raise ConfigError(f"expert_slices is {num_slices}, but placement {settings.placement} says how experts are cut")
+    cut = {expert_of(unit): num_slices_of(unit) for unit in table}
+    if set(table) != {unit for expert in range(num_experts) for unit in units_of(expert, cut.get(expert, 1))}:
+        raise ConfigError(
+            f"placement {settings.placement}: must name experts 0 to {num_experts - 1}, each whole or all of its slices"
+        )
+    for num_slices in cut.values():
+        check_slicing(f"placement {settings.placement}: a number of slices", num_slices, config.intermediate_size)
     named = {worker for workers in table.values() for worker in workers}
     if named != set(range(settings.experts)) or not all(table.values()):
         raise ConfigError(
@@ -242,7 +260,8 @@ def _held(settings: UpSettings, num_experts: int) -> tuple[tuple[int, ...], ...]
             "an expert"
         )
     return tuple(
-        tuple(expert for expert in range(num_experts) if worker in table[expert]) for worker in range(settings.experts)
+        tuple(sorted(unit for unit, workers in table.items() if worker in workers))
+        for worker in range(settings.experts)
     )
 
 

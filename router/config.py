@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from grokmoe.errors import ConfigError
+from grokmoe.expert_spec import parse_experts
+from grokmoe.expert_units import describe_unit, expert_of, num_slices_of
+from grokmoe.layouts.safetensors_header import object_without_duplicates
 from grokmoe.settings import setting
 from grokmoe.tracing import TraceSettings
 from router.admission import AdmissionSettings
@@ -59,8 +62,8 @@ class RemoteExpertSettings(ExpertTransportSettings, WorkerAccessSettings):
     experts: tuple[str, ...] = setting([], WORKERS.format("expert"), metavar="ADDRESSES")
     placement: str = setting(
         "",
-        'which workers to use for an expert, in this order: a JSON file {"expert": [worker, ...]}; '
-        "empty: every worker that holds it",
+        'which workers to use for experts, in this order: a JSON file {"EXPERTS": [worker, ...]}, EXPERTS as 0, 0-3 or '
+        "0:1/2; empty: every worker that holds them",
         metavar="FILE",
     )
     join_timeout: float = setting(600.0, "seconds that workers have to be reachable at start")
@@ -137,12 +140,30 @@ class RouterSettings(RemoteExpertSettings, LimitSettings):
         )
 
 
-def read_placement(path: str) -> dict[int, list[int]] | None:
-    """Reads a placement table. Raises ConfigError when the file is not one."""
+def read_placement(path: str, num_experts: int) -> dict[int, list[int]] | None:
+    """Reads a placement table: unit -> workers. Raises ConfigError when the file is not one, or contradicts itself."""
     if not path:
         return None
     try:
-        table = json.loads(Path(path).read_text())
-        return {int(expert): [int(worker) for worker in workers] for expert, workers in table.items()}
+        read = json.loads(Path(path).read_text(), object_pairs_hook=object_without_duplicates)
+        rows = [(experts, [int(worker) for worker in workers]) for experts, workers in read.items()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f'placement {path}: not a JSON object {{"expert": [worker, ...]}}: {error}') from error
+        raise ConfigError(f'placement {path}: not a JSON object {{"experts": [worker, ...]}}: {error}') from error
+    table: dict[int, list[int]] = {}
+    cut: dict[int, int] = {}
+    for experts, workers in rows:
+        try:
+            if "@" in experts:
+                raise ConfigError(f"experts is {experts!r}: a placement is for all layers")
+            units = parse_experts(experts, num_experts, 1)[0]
+        except ConfigError as error:
+            raise ConfigError(f"placement {path}: {error.message}") from error
+        for unit in units:
+            if unit in table:
+                raise ConfigError(f"placement {path}: names expert {describe_unit(unit)} twice")
+            expert, num_slices = expert_of(unit), num_slices_of(unit)
+            if cut.setdefault(expert, num_slices) != num_slices:
+                both = " and in ".join(map(str, sorted((cut[expert], num_slices))))
+                raise ConfigError(f"placement {path}: names expert {expert} in {both} slices")
+            table[unit] = workers
+    return table

@@ -6,6 +6,7 @@ from typing import Any
 
 from grokmoe.access import Scope
 from grokmoe.errors import FailedPrecondition, InvalidRequest
+from grokmoe.expert_messages import from_messages
 from grokmoe.server import Service, unary
 from grokmoe.v1 import control_pb2 as pb
 from router import status
@@ -49,8 +50,7 @@ class ControlService:
     async def MoveExperts(self, request: pb.MoveExpertsRequest, context: Any) -> pb.MoveExpertsResponse:
         """Moves, copies or drops experts."""
         pool = self._pool()
-        experts = [(each.expert, each.layer_begin, each.layer_end) for each in request.experts]
-        cost = await pool.moves.make(experts, getattr(request, "from"), request.to)
+        cost = await pool.moves.make(from_messages(request.experts), getattr(request, "from"), request.to)
         return pb.MoveExpertsResponse(
             loaded_bytes=cost.loaded_bytes,
             load_seconds=cost.load_seconds,

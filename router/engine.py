@@ -280,7 +280,7 @@ def _has_all_experts(pool: ExpertPool) -> bool:
     if pool.placement is None:
         return False
     usable = {member.index for member in pool.members if member.is_usable}
-    return all(usable.intersection(holders) for layer in pool.placement.holders for holders in layer)
+    return all(usable.intersection(holders) for layer in pool.placement.holders for holders in layer.values())
 
 
 def _bind(pool: ExpertPool, member: ExpertMember) -> Connect:

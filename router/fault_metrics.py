@@ -44,9 +44,12 @@ def _families() -> dict[str, Metric]:
         GaugeMetricFamily(
             "grokmoe_worker_state", "1 for the state a worker is in.", labels=("role", "worker", "state")
         ),
-        GaugeMetricFamily("grokmoe_experts_unheld", "Experts, layer by layer, that no worker in use holds."),
         GaugeMetricFamily(
-            "grokmoe_expert_holders_least", "Workers in use that hold the expert, of some layer, that fewest hold."
+            "grokmoe_experts_unheld", "Experts, and slices, layer by layer, that no worker in use holds."
+        ),
+        GaugeMetricFamily(
+            "grokmoe_expert_holders_least",
+            "Workers in use that hold the expert or slice that fewest hold.",
         ),
         GaugeMetricFamily("grokmoe_placement_version", "Grows whenever the table of who holds what changes."),
         GaugeMetricFamily(
@@ -88,7 +91,7 @@ class FaultCollector(Collector):
         counters = pool.counters
         if pool.placement is not None:
             usable = {member.index for member in pool.members if member.is_usable}
-            holders = [len(usable.intersection(each)) for layer in pool.placement.holders for each in layer]
+            holders = [len(usable.intersection(each)) for layer in pool.placement.holders for each in layer.values()]
             values.add("experts_unheld", holders.count(0))
             values.add("expert_holders_least", min(holders))
         values.add("placement_version", pool.placement_version)

@@ -81,9 +81,8 @@ def build_engine(
             return LocalMoe(config, model.gates, local, counter, legs, record_experts)
 
     else:
-        pool = ExpertPool(
-            config, model.dtype, list(experts), read_placement(settings.placement), settings.pool_settings()
-        )
+        placement = read_placement(settings.placement, config.num_experts)
+        pool = ExpertPool(config, model.dtype, list(experts), placement, settings.pool_settings())
         compute = DeviceThread("router-compute")
         remote = pool
 

@@ -15,13 +15,15 @@ import torch
 
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import InternalError
+from grokmoe.expert_units import FIRST_SLICE, expert_of, slice_of
 from grokmoe.model_config import ModelConfig
 from grokmoe.recording import current
 from router import dispatch
-from router.experts import ExpertPool
+from router.experts import ExpertPool, SlicingChanged
 from router.experts.answers import RowsWithoutAnswer
 from router.gating import gate
 from router.legs import Legs
+from router.placement import Choice
 
 INLINE_ELEMENTS = 64 * 1024
 """MoE inputs up to this many elements are gated and combined on the event loop, larger ones on the compute thread:
@@ -67,8 +69,11 @@ class RowCounter:
         """Counts one call."""
         row = self.rows_LE[layer]
         for shard in plan.shards:
-            for expert, count in zip(shard.expert_ids, shard.counts, strict=True):
-                row[expert] += count
+            for unit, count in zip(shard.expert_ids, shard.counts, strict=True):
+                if unit < FIRST_SLICE:
+                    row[unit] += count
+                elif slice_of(unit).slice == 0:  # the same rows go to each
+                    row[expert_of(unit)] += count
 
     def add_counts(self, layer: int, counts_E: Sequence[int]) -> None:
         """The same of a call whose rows were counted elsewhere."""
@@ -125,18 +130,21 @@ class RemoteMoe:
 
         Workers are chosen before the gate says which experts are needed: that is one hand-over to the compute thread
         and not two. An expert without a worker costs nothing unless rows turn out to be for it."""
-        workers = self._pool.choose(layer)
-        inline = x_TD.numel() <= INLINE_ELEMENTS
-        if inline:
-            plan, rows_ND = self._scatter(layer, x_TD, workers)
-        else:
-            plan, rows_ND = await self._compute.run(self._scatter, layer, x_TD, workers)
+        inline, is_complete = x_TD.numel() <= INLINE_ELEMENTS, True
+        while True:
+            workers = self._pool.choose(layer)
+            if inline:
+                plan, rows_ND = self._scatter(layer, x_TD, workers)
+            else:
+                plan, rows_ND = await self._compute.run(self._scatter, layer, x_TD, workers)
+            try:
+                out_ND = await self._pool.forward(self._lane, layer, plan.shards, rows_ND, self._legs, self._deadline)
+            except RowsWithoutAnswer as error:
+                out_ND, is_complete = error.rows_ND, False
+            except SlicingChanged:  # while some of the rows waited: from here on anew
+                continue
+            break
         self._counter.add(layer, plan)
-        is_complete = True
-        try:
-            out_ND = await self._pool.forward(self._lane, layer, plan.shards, rows_ND, self._legs, self._deadline)
-        except RowsWithoutAnswer as error:
-            out_ND, is_complete = error.rows_ND, False
         out_TD = self._combine(plan, out_ND) if inline else await self._compute.run(self._combine, plan, out_ND)
         if not is_complete:
             is_faulty_T = torch.isnan(out_TD).any(1) & torch.isfinite(x_TD).all(1)
@@ -175,9 +183,7 @@ class RemoteMoe:
 
     record = fill_now
 
-    def _scatter(
-        self, layer: int, x_TD: torch.Tensor, workers: Sequence[int]
-    ) -> tuple[dispatch.DispatchPlan, torch.Tensor]:
+    def _scatter(self, layer: int, x_TD: torch.Tensor, workers: Choice) -> tuple[dispatch.DispatchPlan, torch.Tensor]:
         with self._legs.time("gate"):
             weights_TK, expert_ids_TK = gate(x_TD, self._gates.per_layer[layer], self._config)
         with self._legs.time("dispatch"):
@@ -206,7 +212,7 @@ class LocalMoe:
         """record_experts: None: holes are not filled while loops are recorded."""
         self._config, self._gates, self._experts, self._record_experts = config, gates, experts, record_experts
         self._counter, self._legs = counter, legs
-        self._one_worker = [0] * config.num_experts
+        self._one_worker = dict.fromkeys(range(config.num_experts), 0)
 
     @property
     def can_be_recorded(self) -> bool:

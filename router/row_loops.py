@@ -1,6 +1,7 @@
 """The compiled loops of gating and dispatch; what they compute is said in `gating` and `dispatch`.
 
-Letters: T tokens, D hidden, E experts, K experts per token, N = T * K rows.
+Letters: T tokens, D hidden, E experts, K experts per token, N = T * K rows. With slices E are units, K ranks of slices,
+and there are fewer rows than ranks where some are NO_SLICE.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import numpy as np
 import torch
 
 from grokmoe.native import array, as_f32, entry, loop, put, share, wide
+
+NO_SLICE = -1
+"""Instead of an expert: nothing is sent for this rank. Instead of a row: nothing has come."""
 
 
 def compile_all(dtype: torch.dtype) -> None:
@@ -84,13 +88,17 @@ def plan(element: Any) -> Any:
         for slot in range(E):
             counts_E[slot] = 0
         for n in range(T * K):
-            counts_E[slot_E[ids_N[n]]] += 1
+            if ids_N[n] >= 0:
+                counts_E[slot_E[ids_N[n]]] += 1
         next_E = np.empty(E, np.int64)
         begin = 0
         for slot in range(E):
             next_E[slot] = begin
             begin += counts_E[slot]
         for n in range(T * K):
+            if ids_N[n] < 0:
+                row_N[n] = NO_SLICE
+                continue
             slot = slot_E[ids_N[n]]
             row_N[n] = next_E[slot]
             token_N[next_E[slot]] = n // K
@@ -132,6 +140,8 @@ def combine(element: Any) -> Any:
                 sum_D[i] = np.float32(0.0)
             for rank in range(K):
                 row, weight = row_TK[token, rank], weights_TK[token, rank]
+                if row < 0:
+                    continue
                 for i in range(D):
                     sum_D[i] += wide(rows_ND[row, i]) * weight
             for i in range(D):

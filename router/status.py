@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+from grokmoe.expert_messages import to_messages
+from grokmoe.expert_units import expert_of, slice_of
 from grokmoe.model_config import ModelConfig
 from grokmoe.v1 import control_pb2 as pb
 from grokmoe.v1 import generation_pb2
-from grokmoe.v1.expert_pb2 import ExpertRange
 from router.engine import Engine
 from router.experts import ExpertMember, ExpertPool, Phase
 from router.placement import ExpertLayers, pairs_of, ranges_of
@@ -102,13 +103,18 @@ def _add_experts(engine: Engine, answer: pb.GetStatusResponse) -> None:
         )
         if member.info is not None:
             worker.incarnation, worker.device = member.info.incarnation, member.info.device
-            worker.experts.extend(sorted({expert for expert, _, _ in member.held}))
-            worker.held.extend(ranges(member.held))
-            worker.loading.extend(ranges(_loading(pool, member)))
+            worker.experts.extend(sorted({expert_of(unit) for unit, _, _ in member.held}))
+            worker.held.extend(to_messages(member.held))
+            worker.loading.extend(to_messages(_loading(pool, member)))
             worker.rows_per_second = traffic.rows_per_second(member)
     if pool.placement is not None:
-        for expert, workers in enumerate(pool.placement.holders[0]):
-            answer.placement.add(expert=expert, workers=workers, rows=rows[expert], layer_rows=layer_rows[expert])
+        for unit, workers in sorted(pool.placement.holders[0].items(), key=lambda held: slice_of(held[0])):
+            expert, index, num_slices = slice_of(unit)
+            entry = answer.placement.add(
+                expert=expert, workers=workers, rows=rows[expert], layer_rows=layer_rows[expert]
+            )
+            if num_slices > 1:
+                entry.slice, entry.num_slices = index, num_slices
     answer.placement_version = pool.placement_version
     answer.imbalance = traffic.imbalance()
     for each in pool.moves.under_way:
@@ -124,11 +130,6 @@ def _loading(pool: ExpertPool, member: ExpertMember) -> Iterable[ExpertLayers]:
     return ranges_of(pairs_of([*member.info.loading, *itertools.chain(*ours)]) - pairs_of(member.held))
 
 
-def ranges(experts: Iterable[ExpertLayers]) -> list[ExpertRange]:
-    """Experts and their layers as messages."""
-    return [ExpertRange(expert=expert, layer_begin=begin, layer_end=end) for expert, begin, end in experts]
-
-
 def move(experts: Iterable[ExpertLayers], source: str, target: str, phase: str = "") -> pb.ExpertMove:
     """A move as a message. `from` is a word of Python, so it cannot be named like the others."""
-    return pb.ExpertMove(experts=ranges(experts), to=target, phase=phase, **{"from": source})
+    return pb.ExpertMove(experts=to_messages(experts), to=target, phase=phase, **{"from": source})

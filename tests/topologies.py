@@ -25,7 +25,8 @@ from expert_worker.experts import ExpertSet
 from expert_worker.service import ExpertService
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
-from grokmoe.expert_spec import parse_experts
+from grokmoe.expert_spec import describe_units, parse_experts
+from grokmoe.model_config import ModelConfig
 from grokmoe.server import RoleServer, ServerSettings
 from grokmoe.settings import to_flags
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
@@ -65,6 +66,9 @@ class Setup:
     stage_layers: tuple[str, ...] = (ALL,)
     expert_replicas: int = 1
     expert_transport: str = "grpc"
+    expert_slices: int = 1
+    held: tuple[str, ...] = ()
+    """What each expert worker holds, in the words of --experts; empty: spread evenly over `num_experts` of them."""
     deterministic: bool = False
     tensor_parallel: int = 1
 
@@ -164,7 +168,7 @@ async def _expert_servers(setup: Setup) -> AsyncIterator[list[str]]:
     servers, devices, addresses = [], [], []
     with tempfile.TemporaryDirectory() as directory:
         try:
-            for index, held in enumerate(_spread(setup)):
+            for index, held in enumerate(specs(setup)):
                 device = DeviceThread()
                 devices.append(device)
                 server = RoleServer([_expert_service(setup, held, device).as_service()])
@@ -178,10 +182,10 @@ async def _expert_servers(setup: Setup) -> AsyncIterator[list[str]]:
                 device.stop()
 
 
-def _expert_service(setup: Setup, held: Sequence[int], device: DeviceThread) -> ExpertService:
+def _expert_service(setup: Setup, held: str, device: DeviceThread) -> ExpertService:
     with Checkpoint.open(setup.model, setup.variant) as checkpoint:
         config = checkpoint.config
-        table = parse_experts(",".join(map(str, held)), config.num_experts, config.num_layers)
+        table = parse_experts(held, config.num_experts, config.num_layers)
         dtype = getattr(torch, setup.dtype)
         experts = ExpertSet(config, table, dtype, torch.device("cpu"), setup.deterministic)
         device.call(expert_weights.load, experts, checkpoint)
@@ -197,8 +201,8 @@ async def processes(setup: Setup) -> AsyncIterator[Engine]:
         for index, stage in enumerate(setup.stages * setup.num_attention):
             flags = [*to_flags(stage), *to_flags(ServerSettings(listen=f"unix:{directory}/a{index}"))]
             started.append(RoleProcess("attention", index, "attention_worker", flags))
-        for index, held in enumerate(_spread(setup)):
-            experts = ExpertWorkerSettings(**setup.common, experts=",".join(map(str, held)), threads=1)
+        for index, held in enumerate(specs(setup)):
+            experts = ExpertWorkerSettings(**setup.common, experts=held, threads=1)
             flags = [*to_flags(experts), *to_flags(ServerSettings(listen=f"unix:{directory}/e{index}"))]
             started.append(RoleProcess("expert", index, "expert_worker", flags))
         try:
@@ -220,9 +224,13 @@ async def processes(setup: Setup) -> AsyncIterator[Engine]:
                 await process.stop()
 
 
-def _spread(setup: Setup) -> tuple[tuple[int, ...], ...]:
-    with Checkpoint.open(setup.model, setup.variant) as checkpoint:
-        return spread(checkpoint.config.num_experts, setup.num_experts, setup.expert_replicas)
+def specs(setup: Setup) -> tuple[str, ...]:
+    """What each expert worker holds."""
+    if setup.held:
+        return setup.held
+    num_experts = ModelConfig.from_file(setup.model).num_experts
+    units_W = spread(num_experts, setup.num_experts, setup.expert_replicas, setup.expert_slices)
+    return tuple(map(describe_units, units_W))
 
 
 def _engine(setup: Setup, attention: Sequence[AttentionLink], experts: Sequence[str]) -> Engine:

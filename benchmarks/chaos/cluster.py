@@ -18,6 +18,7 @@ from benchmarks.chaos.proxy import ProxyControl
 from expert_worker.config import ExpertWorkerSettings
 from grokmoe import AsyncClient, Status, WorkerState
 from grokmoe.errors import GrokmoeError
+from grokmoe.expert_spec import describe_units
 from grokmoe.model_config import ModelConfig
 from grokmoe.server import ServerSettings
 from grokmoe.settings import to_flags
@@ -90,7 +91,7 @@ class ChaosCluster:
             )
             self.workers.append(self._worker("attention", index, plan.attention_module, to_flags(attention)))
         for index, held in enumerate(spread(config.num_experts, plan.experts, plan.replicas)):
-            experts = ExpertWorkerSettings(**common, experts=",".join(map(str, held)), threads=1)
+            experts = ExpertWorkerSettings(**common, experts=describe_units(held), threads=1)
             self.workers.append(self._worker("expert", index, "expert_worker", to_flags(experts)))
 
     def _worker(self, role: str, index: int, module: str, flags: list[str]) -> Node:

@@ -52,6 +52,9 @@ CONFIG = ModelConfig(
 )
 DTYPE = torch.bfloat16
 
+WORKERS = {expert: expert // 2 for expert in range(CONFIG.num_experts)}
+"""Who computes which expert."""
+
 MANY, SOME = 256, 8
 """Sequences of a step where only the router counts, and where a model computes."""
 
@@ -150,7 +153,7 @@ class Model:
     def rows_to_experts_and_back(self) -> None:
         """Gate, plan, gather, combine."""
         weights_TK, ids_TK = gate(self._x_TD, self.gates.per_layer[0], CONFIG)
-        plan = dispatch.plan(ids_TK, weights_TK, [0, 0, 1, 1, 2, 2, 3, 3])
+        plan = dispatch.plan(ids_TK, weights_TK, WORKERS)
         dispatch.combine(plan, dispatch.gather(plan, self._x_TD))
 
 

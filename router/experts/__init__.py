@@ -7,7 +7,7 @@ moves: experts from one worker to another; traffic: who gets how many rows; reba
 
 from router.experts.counters import Cause, ExpertCounters
 from router.experts.member import ExpertMember
-from router.experts.members import ExpertsUnavailable
+from router.experts.members import ExpertsUnavailable, SlicingChanged
 from router.experts.moves import Move, MoveCost, Moves, Phase
 from router.experts.pool import ExpertPool
 from router.experts.rebalancer import Rebalanced, Rebalancer
@@ -26,4 +26,5 @@ __all__ = [
     "Phase",
     "Rebalanced",
     "Rebalancer",
+    "SlicingChanged",
 ]

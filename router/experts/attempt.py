@@ -80,7 +80,8 @@ class Attempts:
 
         timer = loop.call_later(patience, reconsider) if patience < longest else None
         members.counters.calls += 1
-        number = member.begin(layer, num_rows)
+        work = shard.work
+        number = member.begin(layer, num_rows, work)
         try:
             async with scope:
                 reply = await member.link.forward(lane, layer, shard.expert_ids, shard.counts, rows_ND, longest)
@@ -119,7 +120,7 @@ class Attempts:
             member.end(number, num_rows)
             members.note_idle(member)
         member.latency.add(ahead, time.monotonic() - begin)
-        member.report(num_rows, reply)
+        member.report(num_rows, work, reply)
         members.note_revision(member, reply.revision)
         return reply
 

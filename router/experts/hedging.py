@@ -12,6 +12,7 @@ from router.experts.latency import Latency
 from router.experts.member import ExpertMember
 from router.experts.members import ExpertMembers
 from router.experts.settings import ExpertPoolSettings
+from router.placement import NOBODY
 from router.transport.base import ExpertReply
 
 Call = Callable[[ExpertMember], Coroutine[Any, Any, ExpertReply]]
@@ -30,7 +31,7 @@ def hedge_after(
 def second_holder(members: ExpertMembers, layer: int, shard: Shard, first: ExpertMember) -> ExpertMember | None:
     """Another worker that holds all experts of a shard; None when no single one does."""
     chosen = members.choose(layer, (first.index,))
-    workers = {chosen[expert] for expert in shard.expert_ids}
+    workers = {chosen.get(each, NOBODY) for each in shard.expert_ids}
     return members.find(workers.pop()) if len(workers) == 1 else None
 
 

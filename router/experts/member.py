@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 
 from router.experts.latency import Latency
@@ -26,7 +26,8 @@ class ExpertMember:
 
     withdrawn: what it still describes and gets no rows for any more, because it is to give it up. missing: what it has
     refused rows for, until it is described again.
-    rows_sent: per layer, since start. computed: rows and seconds of computation by class of rows, since start.
+    rows_sent: per layer, since start. computed: rows and seconds of computation by class of rows, since start. In
+    both a row for a slice counts as its part of one.
     """
 
     def __init__(self, index: int, link: ExpertLink, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,7 +41,7 @@ class ExpertMember:
         self.is_removed = False
         self.withdrawn: set[Pair] = set()
         self.missing: set[Pair] = set()
-        self.rows_sent: Counter[int] = Counter()
+        self.rows_sent: defaultdict[int, float] = defaultdict(float)
         self.computed: dict[int, tuple[float, float]] = {}
         self._calls: set[int] = set()
         self._num_calls = 0
@@ -92,10 +93,10 @@ class ExpertMember:
         is_fresh = self._clock() - self._reported_at < QUEUE_MEMORY
         return self.rows_in_flight + (self._queued_rows if is_fresh else 0)
 
-    def begin(self, layer: int, num_rows: int) -> int:
-        """A call goes out. Returns its number."""
+    def begin(self, layer: int, num_rows: int, work: float) -> int:
+        """A call goes out. work: see Shard. Returns its number."""
         self.rows_in_flight += num_rows
-        self.rows_sent[layer] += num_rows
+        self.rows_sent[layer] += work
         self._num_calls += 1
         self._calls.add(self._num_calls)
         return self._num_calls
@@ -120,7 +121,7 @@ class ExpertMember:
         finally:
             self._drains.remove(drain)
 
-    def report(self, num_rows: int, reply: ExpertReply) -> None:
+    def report(self, num_rows: int, work: float, reply: ExpertReply) -> None:
         """Takes in the worker's own times: who waited for whole computations stood behind so many calls like itself.
 
         A wait that is shorter than one counts as none, or the noise of it would send all rows to one replica.
@@ -133,4 +134,4 @@ class ExpertMember:
             # Rows of others that were computed along have their part of the time.
             share = num_rows / max(reply.batch_rows, num_rows)
             rows, seconds = self.computed.get(num_rows.bit_length(), (0.0, 0.0))
-            self.computed[num_rows.bit_length()] = rows + num_rows, seconds + reply.compute * share
+            self.computed[num_rows.bit_length()] = rows + work, seconds + reply.compute * share

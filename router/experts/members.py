@@ -13,13 +13,14 @@ import torch
 
 from grokmoe.channel import TIMEOUTS
 from grokmoe.errors import ConfigError, FailedPrecondition, Reason, Unavailable
+from grokmoe.expert_units import describe_unit, expert_of
 from grokmoe.model_config import ModelConfig
 from router.discovery import Changes
 from router.experts.counters import ExpertCounters
 from router.experts.fitness import check_alike, check_fits, check_rows
 from router.experts.member import ExpertMember
 from router.experts.settings import ExpertPoolSettings
-from router.placement import NOBODY, Pair, Placement, ranges_of
+from router.placement import NOBODY, Choice, Pair, Placement, ranges_of
 from router.probing import Prober
 from router.transport.base import ExpertInfo, ExpertLink
 from router.worker_state import WorkerEvent, WorkerState
@@ -33,6 +34,10 @@ class ExpertsUnavailable(Unavailable):
     default_reason = Reason.WORKER_UNAVAILABLE
 
 
+class SlicingChanged(Exception):
+    """An expert is used in another number of slices than rows were sent for: they have to be sent anew."""
+
+
 class ExpertMembers:
     """The members and their placement. Those that are lost are probed until they are back or removed."""
 
@@ -44,7 +49,7 @@ class ExpertMembers:
         preferred: Mapping[int, Sequence[int]] | None = None,
         settings: ExpertPoolSettings | None = None,
     ) -> None:
-        """preferred: expert -> workers to use, see `Placement.build`."""
+        """preferred: unit -> workers to use, see `Placement.build`."""
         self.settings = settings or ExpertPoolSettings()
         self.counters = ExpertCounters()
         self.members: list[ExpertMember] = []
@@ -119,16 +124,20 @@ class ExpertMembers:
             raise FailedPrecondition(error.message) from error
 
     def place(self) -> None:
-        """Makes the table from what all connected workers hold. ConfigError when an expert has no holder."""
+        """Makes the table from what all connected workers hold. ConfigError when an expert, or a slice of one, has no
+        holder."""
         self._place(is_strict=True)
 
     def _place(self, is_strict: bool = False) -> None:
         held = {member.index: member.held for member in self.members if member.info and not member.is_removed}
-        config = self.config
-        placement = Placement.build(config.num_layers, config.num_experts, held, self._preferred, is_strict)
+        config, ready = self.config, None if is_strict else self._usable()
+        placement = Placement.build(config.num_layers, config.num_experts, held, self._preferred, ready)
         if placement != self.placement:
             self.placement = placement
             self.placement_version += 1
+
+    def _usable(self) -> set[int]:
+        return {member.index for member in self.members if member.is_usable}
 
     def place_anew(self) -> None:
         """Makes the table again after something about a member has changed, and tells everyone."""
@@ -143,8 +152,8 @@ class ExpertMembers:
 
     def forget_preferences(self, experts: Collection[int]) -> None:
         """A newer word than the table from outside has come for these experts: from now on every holder is used."""
-        for expert in experts:
-            self._preferred.pop(expert, None)
+        for unit in [unit for unit in self._preferred if expert_of(unit) in experts]:
+            del self._preferred[unit]
 
     def add(self, link: ExpertLink) -> ExpertMember:
         """A worker more, used as soon as it has described itself and fits."""
@@ -191,6 +200,8 @@ class ExpertMembers:
         logger.warning("%s is %s: %s", member.name, member.state.value, why)
         assert member.prober is not None
         member.prober.start()
+        if self.placement is not None and any(self.placement.slicings):
+            self._place()  # what it was needed for may be used in another number of slices
         self._tell()
 
     def _back(self, member: ExpertMember) -> None:
@@ -227,8 +238,8 @@ class ExpertMembers:
         until everybody is described again: the table is wrong about who holds the one that is missing.
         """
         assert self.placement is not None
-        usable = {each.index for each in self.members if each.is_usable and each is not member}
-        elsewhere = [each for each in expert_ids if usable.intersection(self.placement.holders[layer][each])]
+        others = self._usable() - {member.index}
+        elsewhere = [each for each in expert_ids if self.placement.can_serve(layer, each, others)]
         member.missing.update((layer, expert) for expert in elsewhere or expert_ids)
         for each in [member] if elsewhere else [each for each in self.members if each.is_usable]:
             self._ask_again(each)
@@ -268,8 +279,8 @@ class ExpertMembers:
         """The member of that index; None for NOBODY and for one that has left."""
         return self._by_index.get(index)
 
-    def choose(self, layer: int, without: Collection[int] = ()) -> list[int]:
-        """One ready worker per expert for a call on `layer`, NOBODY where there is none.
+    def choose(self, layer: int, without: Collection[int] = ()) -> Choice:
+        """One ready worker per expert, or per slice, for a call on `layer`, NOBODY where there is none.
 
         without: workers not to use.
         """
@@ -282,22 +293,29 @@ class ExpertMembers:
 
     def has_holders(self, layer: int, expert_ids: Sequence[int], without: Collection[int]) -> bool:
         """Whether somebody else than `without` is ready to compute each of these experts."""
-        chosen = self.choose(layer, without)
-        return all(chosen[expert] != NOBODY for expert in expert_ids)
+        assert self.placement is not None
+        others = self._usable().difference(without)
+        return all(self.placement.can_serve(layer, each, others) for each in expert_ids)
 
-    async def wait_for(self, layer: int, expert_ids: Sequence[int], until: float) -> list[int]:
-        """Like `choose`, when each of `expert_ids` has a worker. Raises ExpertsUnavailable at `until` (monotonic)."""
+    async def wait_for(self, layer: int, expert_ids: Sequence[int], until: float) -> Choice:
+        """Like `choose`, when each of `expert_ids` has a worker.
+
+        Raises ExpertsUnavailable at `until` (monotonic), SlicingChanged when one of them is not used any more.
+        """
         begin = time.monotonic()
         while True:
             chosen = self.choose(layer)
-            missing = [expert for expert in expert_ids if chosen[expert] == NOBODY]
+            if not chosen.keys() >= set(expert_ids):
+                raise SlicingChanged
+            missing = [each for each in expert_ids if chosen[each] == NOBODY]
             if not missing:
                 return chosen
             try:
                 await self._change(max(until - time.monotonic(), 0))
             except TimeoutError:
+                unit, waited = describe_unit(missing[0]), time.monotonic() - begin
                 raise ExpertsUnavailable(
-                    f"no worker holds expert {missing[0]} of layer {layer}; waited {time.monotonic() - begin:.1f} s"
+                    f"no worker holds expert {unit} of layer {layer}; waited {waited:.1f} s"
                 ) from None
 
     async def close(self) -> None:

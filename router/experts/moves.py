@@ -43,9 +43,11 @@ from grokmoe.errors import (
     Reason,
     Unavailable,
 )
+from grokmoe.expert_spec import describe_ranges, describe_units
+from grokmoe.expert_units import describe_unit, expert_of, num_slices_of, slicing_fault
 from router.experts.member import ExpertMember
 from router.experts.members import ExpertMembers
-from router.placement import ExpertLayers, Pair, pairs_of, ranges_of
+from router.placement import ExpertLayers, Pair, is_held, pairs_of, ranges_of
 from router.transport.base import Loaded
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,8 @@ class Moves:
     async def make(self, experts: Sequence[ExpertLayers], source: str, target: str) -> MoveCost:
         """Moves, copies (no source) or drops (no target) experts between workers, by address.
 
-        experts: ranges; (expert, 0, 0) means all layers.
+        experts: ranges of units; (unit, 0, 0) means all layers. An expert may be held whole and in slices for as long
+        as it takes to get from one to the other (router/placement/slicing.py).
         Raises InvalidRequest for ranges that are not in the model or not on the source, NotFound for a worker that is
         none, FailedPrecondition with LAST_HOLDER, Unavailable when a worker is not in use or is lost, and what the
         target refuses with, such as NO_ROOM. After an error nothing has changed.
@@ -127,7 +130,8 @@ class Moves:
         if source == target:
             raise InvalidRequest("to", f"is {target}, the worker that gives them up")
         ranges = []
-        for index, (expert, begin, end) in enumerate(experts):
+        for index, (unit, begin, end) in enumerate(experts):
+            expert = expert_of(unit)
             if not 0 <= expert < config.num_experts:
                 limit = config.num_experts - 1
                 raise InvalidRequest(f"experts[{index}].expert", f"is {expert}, must be from 0 to {limit}")
@@ -137,13 +141,19 @@ class Moves:
                 raise InvalidRequest(
                     f"experts[{index}].layer_end", f"is {end} for layers from {begin} on; there are {limit} layers"
                 )
-            ranges.append((expert, begin, end))
+            if fault := slicing_fault(num_slices_of(unit), config.intermediate_size):
+                raise InvalidRequest(f"experts[{index}].num_slices", fault)
+            ranges.append((unit, begin, end))
         giver, taker = self._find(source), self._find(target)
         for index, each in enumerate(ranges):
             if giver is not None and not pairs_of([each]) <= pairs_of(giver.held):
-                expert, begin, end = each
-                held = f"does not hold expert {expert} in all layers from {begin} to {end - 1}"
-                raise InvalidRequest(f"experts[{index}]", f"{giver.name} {held}")
+                unit, begin, end = each
+                where = f"in all layers from {begin} to {end - 1}"
+                parts = {other for other, _, _ in giver.held if expert_of(other) == expert_of(unit)} - {unit}
+                hint = f"; it holds {describe_units(parts)}" if parts else ""
+                raise InvalidRequest(
+                    f"experts[{index}]", f"{giver.name} does not hold expert {describe_unit(unit)} {where}{hint}"
+                )
         return Move(tuple(ranges), giver, taker)
 
     def _find(self, address: str) -> ExpertMember | None:
@@ -197,10 +207,10 @@ class Moves:
             if move.source is not None:
                 self._check_others(move.source, pairs)
         except Exception as error:
-            logger.warning("experts %s were not moved to %s: %r", move.experts, target.name, error)
+            logger.warning("experts %s were not moved to %s: %r", describe_ranges(move.experts), target.name, error)
             await self._give_back(target, pairs - before)
             raise
-        members.forget_preferences({expert for _, expert in pairs})
+        members.forget_preferences({expert_of(unit) for _, unit in pairs})
         if move.source is not None:
             self._withdraw(move.source, pairs)
         else:
@@ -224,16 +234,17 @@ class Moves:
             self._members.place_anew()
 
     def _check_others(self, source: ExpertMember, pairs: set[Pair]) -> None:
-        """Raises FailedPrecondition when a worker is the last ready holder of one of the experts."""
-        others: set[Pair] = set()
+        """Raises FailedPrecondition when a worker is the last ready holder of one of the experts, and no ready workers
+        hold the expert otherwise cut."""
+        left: set[Pair] = pairs_of(source.held) - pairs
         for member in self._members.members:
             if member is not source and member.is_usable:
-                others |= pairs_of(member.held)
-        alone = sorted(pairs - others)
+                left |= pairs_of(member.held)
+        alone = sorted(pair for pair in pairs - left if not is_held(left, *pair))
         if alone:
-            layer, expert = alone[0]
+            layer, unit = alone[0]
             raise FailedPrecondition(
-                f"{source.name} is the last ready holder of expert {expert} in layer {layer}"
+                f"{source.name} is the last ready holder of expert {describe_unit(unit)} in layer {layer}"
                 + (f" and of {len(alone) - 1} more" if len(alone) > 1 else ""),
                 reason=Reason.LAST_HOLDER,
             )
@@ -241,7 +252,7 @@ class Moves:
     def _withdraw(self, source: ExpertMember, pairs: set[Pair]) -> None:
         """The switch."""
         source.withdrawn |= pairs
-        self._members.forget_preferences({expert for _, expert in pairs})
+        self._members.forget_preferences({expert_of(unit) for _, unit in pairs})
         self._members.place_anew()
 
     async def _drain(self, move: Move, source: ExpertMember, pairs: set[Pair]) -> float:

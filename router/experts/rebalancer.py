@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grokmoe.errors import GrokmoeError
+from grokmoe.expert_units import describe_unit, expert_of, num_slices_of
 from router.experts.member import ExpertMember
 from router.experts.members import ExpertMembers
 from router.experts.moves import Moves
@@ -123,8 +124,9 @@ class Rebalancer:
             situation, why_not = self._situation(workers)
             if situation is None:
                 return Rebalanced(imbalance=measured, forecast=measured, reason=why_not)
+            units_L = self._units()
             plan = await asyncio.to_thread(make_plan, situation, self.settings)
-            found = self._told(plan, workers, measured)
+            found = self._told(plan, workers, units_L, measured)
             reason = self._objection(plan, measured, force)
             if dry_run or reason:
                 return dataclasses.replace(found, reason=reason)
@@ -148,10 +150,17 @@ class Rebalancer:
             return "the gain does not exceed the cost"
         return ""
 
-    def _told(self, plan: Plan, workers: Sequence[ExpertMember], measured: float) -> Rebalanced:
+    def _units(self) -> list[list[int]]:
+        """Of every layer what has a place there: the planner knows it by its number in this list."""
+        assert self._members.placement is not None
+        return [list(row) for row in self._members.placement.holders]
+
+    def _told(
+        self, plan: Plan, workers: Sequence[ExpertMember], units_L: Sequence[Sequence[int]], measured: float
+    ) -> Rebalanced:
         moves = tuple(
             PlannedMove(
-                ranges_of(step.pairs),
+                ranges_of((layer, units_L[layer][each]) for layer, each in step.pairs),
                 "" if step.source is None else workers[step.source].link.address,
                 "" if step.target is None else workers[step.target].link.address,
             )
@@ -161,7 +170,7 @@ class Rebalancer:
 
     def _situation(self, workers: Sequence[ExpertMember]) -> tuple[Situation | None, str]:
         """What a plan needs to know; or None, and why there can be no plan."""
-        members, config = self._members, self._members.config
+        members = self._members
         load_LE = self.traffic.load_LE()
         if load_LE is None or not self.traffic.is_enough:
             return None, f"fewer than {self.settings.min_rows} rows were seen lately"
@@ -172,26 +181,37 @@ class Rebalancer:
             return None, "the placement was given at start: move experts one by one"
         if self._moves.under_way:
             return None, "a move is under way"
+        assert members.placement is not None
+        for layer, several in enumerate(members.placement.slicings):
+            for expert, slicings in several.items():
+                numbers = " and in ".join(map(str, sorted(slicings)))
+                return None, f"expert {expert} of layer {layer} is held in {numbers} slices: drop what is not to stay"
+        units_L = self._units()
         held = [pairs_of(member.held) for member in workers]
         layouts = tuple(
-            tuple(frozenset(expert for at, expert in pairs if at == layer) for pairs in held)
-            for layer in range(config.num_layers)
+            tuple(frozenset(each for each, unit in enumerate(units) if (layer, unit) in pairs) for pairs in held)
+            for layer, units in enumerate(units_L)
         )
-        for layer, layout in enumerate(layouts):
-            missing = set(range(config.num_experts)).difference(*layout)
+        for layer, (units, layout) in enumerate(zip(units_L, layouts, strict=True)):
+            missing = set(range(len(units))).difference(*layout)
             if missing:
-                return None, f"nobody holds expert {min(missing)} of layer {layer}"
+                return None, f"nobody holds expert {describe_unit(units[min(missing)])} of layer {layer}"
+        size_LE = [[1 / num_slices_of(unit) for unit in units] for units in units_L]
         computed = [member.computed for member in workers]
         rows = sum(count for each in computed for count, _ in each.values())
         seconds = sum(spent for each in computed for _, spent in each.values())
         infos = [member.info for member in workers if member.info is not None]
         loaded = self._moves.loaded
         return Situation(
-            load_LE,
+            [
+                [rows_E[expert_of(unit)] * size for unit, size in zip(units, size_E, strict=True)]
+                for rows_E, units, size_E in zip(load_LE, units_L, size_LE, strict=True)
+            ],
             layouts,
             tuple(info.capacity for info in infos),
             tuple(relative_costs(computed)),
             seconds / rows if rows else 0.0,
             max(info.expert_bytes for info in infos),
             loaded.num_bytes / loaded.seconds if loaded.seconds else self.settings.load_rate,
+            size_LE,
         ), ""

@@ -1,11 +1,23 @@
-"""Which expert workers hold which experts. Pure tables.
+"""Which expert workers hold which experts, whole or in slices. Pure tables.
 
-ranges: experts and their layers, as ranges and one by one. spreading: a placement to start with. table: who holds what,
-and which of them a call uses.
+slicing: in how many slices an expert is used. spreading: a placement to start with. table: who holds what, and which of
+them a call uses.
 """
 
-from router.placement.ranges import ExpertLayers, Pair, pairs_of, ranges_of
+from grokmoe.expert_ranges import ExpertLayers, Pair, pairs_of, ranges_of
+from router.placement.slicing import is_held
 from router.placement.spreading import spread
-from router.placement.table import NOBODY, Placement, check_held
+from router.placement.table import NOBODY, Choice, Placement, check_held
 
-__all__ = ["NOBODY", "ExpertLayers", "Pair", "Placement", "check_held", "pairs_of", "ranges_of", "spread"]
+__all__ = [
+    "NOBODY",
+    "Choice",
+    "ExpertLayers",
+    "Pair",
+    "Placement",
+    "check_held",
+    "is_held",
+    "pairs_of",
+    "ranges_of",
+    "spread",
+]

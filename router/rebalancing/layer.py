@@ -34,6 +34,6 @@ def peak(layout: Sequence[frozenset[int] | set[int]], load_E: Sequence[float], c
     return max(times(layout, load_E, cost_W), default=0.0)
 
 
-def num_loads(present: Layout, wanted: Layout) -> int:
-    """Experts that have to be loaded to get from one to the other."""
-    return sum(len(new - old) for old, new in zip(present, wanted, strict=True))
+def size_of_loads(present: Layout, wanted: Layout, size_E: Sequence[float]) -> float:
+    """What has to be loaded to get from one to the other, in whole experts."""
+    return sum(size_E[expert] for old, new in zip(present, wanted, strict=True) for expert in new - old)

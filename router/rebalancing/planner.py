@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from router.rebalancing.layer import Layout, copies_of, num_loads, peak, times
+from router.rebalancing.layer import Layout, copies_of, peak, size_of_loads, times
 from router.rebalancing.matching import match
 from router.rebalancing.packing import pack, replicate
 from router.rebalancing.search import improve
@@ -64,7 +64,8 @@ def make_plan(situation: Situation, settings: RebalanceSettings) -> Plan:
             saved = before - peak(wanted, load_E, situation.cost_W)
             if saved > before * _ROUNDING:
                 gain = saved * situation.seconds_per_row * settings.horizon
-                found.append(_Option(layer, wanted, gain, num_loads(present, wanted) * cost_of_load))
+                loads = size_of_loads(present, wanted, situation.sizes(layer))
+                found.append(_Option(layer, wanted, gain, loads * cost_of_load))
         options.append(found)
     chosen = [max(found, key=_net) for found in options if found]
     paying = [option for option in chosen if _net(option) > 0]
@@ -77,7 +78,8 @@ def _net(option: _Option) -> float:
 
 def _fewest(situation: Situation) -> int:
     """Holders of the expert that has fewest."""
-    return max(1, min(min(copies_of(layout, situation.num_experts)) for layout in situation.layouts))
+    layers = zip(situation.layouts, situation.load_LE, strict=True)
+    return max(1, min(min(copies_of(layout, len(load_E))) for layout, load_E in layers))
 
 
 def _seconds_per_load(situation: Situation, settings: RebalanceSettings) -> float:
@@ -128,7 +130,8 @@ def _keeping(
 
 def _planned(situation: Situation, settings: RebalanceSettings, min_copies: int, chosen: Sequence[_Option]) -> Plan:
     """Puts the layers' steps in order. A layer that has no order stays as it is."""
-    start = Holdings(situation.layouts, situation.capacity_W, situation.num_experts, min_copies)
+    sizes_L = [situation.sizes(layer) for layer in range(len(situation.layouts))]
+    start = Holdings(situation.layouts, situation.capacity_W, sizes_L, min_copies)
     holdings, steps, layouts = start.copy(), [], list(situation.layouts)
     gain = 0.0
     for option in sorted(chosen, key=_net, reverse=True):
@@ -143,11 +146,11 @@ def _planned(situation: Situation, settings: RebalanceSettings, min_copies: int,
     if after >= before * (1 - settings.min_improvement):
         return Plan((), imbalance, imbalance, 0.0, 0.0)
     max_pairs = max(1, settings.max_step_bytes // max(situation.pair_bytes, 1))
-    num_loaded = sum(len(step.pairs) for step in steps if step.target is not None)
+    loaded = sum(sizes_L[layer][each] for step in steps if step.target is not None for layer, each in step.pairs)
     return Plan(
         tuple(joined(steps, start, max_pairs)),
         imbalance,
         situation.imbalance(layouts),
         gain,
-        num_loaded * _seconds_per_load(situation, settings),
+        loaded * _seconds_per_load(situation, settings),
     )

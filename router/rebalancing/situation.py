@@ -1,21 +1,31 @@
-"""What is known about load, workers and costs when a plan is made. Letters: L layers, E experts, W workers."""
+"""What is known about load, workers and costs when a plan is made.
+
+Experts are numbers from 0 on here, layer by layer: whatever has a place of its own, a slice of an expert included.
+
+Letters: L layers, E experts, W workers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Sequence
 
 from router.rebalancing.layer import Layout, times
+
+ROUNDING = 1e-9
+"""Thirds of an expert do not add up to one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
     """Workers are numbers from 0 on.
 
-    load_LE: rows per second. layouts: per layer who holds what. capacity_W: most (layer, expert) pairs of each worker;
-    0: not said. cost_W: what a row costs there, relative to the others. seconds_per_row: what it costs at 1.0.
-    pair_bytes: what one expert of one layer takes. load_rate: bytes per second, loaded.
+    load_LE: rows per second, one for a slice as its part of a row. layouts: per layer who holds what. capacity_W: most
+    whole experts of one layer on each worker; 0: not said. cost_W: what a row costs there, relative to the others.
+    seconds_per_row: what it costs at 1.0. pair_bytes: what one expert of one layer takes. load_rate: bytes per second,
+    loaded. size_LE: what each expert is of a whole one; empty: all are whole.
     """
 
     load_LE: Sequence[Sequence[float]]
@@ -25,31 +35,36 @@ class Situation:
     seconds_per_row: float
     pair_bytes: int
     load_rate: float
+    size_LE: Sequence[Sequence[float]] = ()
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.load_LE[0])
+    def sizes(self, layer: int) -> Sequence[float]:
+        """Of the experts of a layer."""
+        return self.size_LE[layer] if self.size_LE else [1.0] * len(self.load_LE[layer])
 
     def places(self) -> list[list[int]]:
-        """Per layer and worker how many experts there may be: those that are there, and an even part of what is free.
+        """Per layer and worker how many experts there may be: those that are there, and an even part of what is free,
+        in which the largest of a layer has room.
 
         A worker that does not say how much it can hold is trusted with what it holds or with the mean of all, if that
         is more: nobody knows when its memory is full, and a spare one is there to be used.
         """
         places_LW = [[len(held) for held in layout] for layout in self.layouts]
-        totals = [sum(layer[worker] for layer in places_LW) for worker in range(len(self.capacity_W))]
-        mean = -(-sum(totals) // len(totals))
+        sizes_L = [self.sizes(layer) for layer in range(len(self.layouts))]
+        totals = [
+            sum(sizes[expert] for layout, sizes in zip(self.layouts, sizes_L, strict=True) for expert in layout[worker])
+            for worker in range(len(self.capacity_W))
+        ]
+        mean = math.ceil(sum(totals) / len(totals) - ROUNDING)
         for worker, capacity in enumerate(self.capacity_W):
             free = (capacity or max(mean, totals[worker])) - totals[worker]
             emptiest = [(layer[worker], number) for number, layer in enumerate(places_LW)]
             heapq.heapify(emptiest)
             while free > 0 and emptiest:
                 count, number = heapq.heappop(emptiest)
-                if count < self.num_experts:
+                if count < len(sizes_L[number]) and max(sizes_L[number]) <= free + ROUNDING:
                     places_LW[number][worker] = count + 1
                     heapq.heappush(emptiest, (count + 1, number))
-                    free -= 1
+                    free -= max(sizes_L[number])
         return places_LW
 
     def peak_seconds(self, layouts: Sequence[Layout]) -> float:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from router.placement import Pair
 from router.rebalancing.layer import Layout, copies_of
+from router.rebalancing.situation import ROUNDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +28,27 @@ class Step:
 class Holdings:
     """Who holds what while steps are tried out."""
 
-    def __init__(self, layouts: Sequence[Layout], capacity_W: Sequence[int], num_experts: int, min_copies: int) -> None:
-        """capacity_W: most pairs of each worker; 0: any number."""
+    def __init__(
+        self, layouts: Sequence[Layout], capacity_W: Sequence[int], size_LE: Sequence[Sequence[float]], min_copies: int
+    ) -> None:
+        """capacity_W: most whole experts of one layer on each worker; 0: any number. size_LE: of every expert."""
         self._held: list[set[Pair]] = [set() for _ in capacity_W]
         for layer, layout in enumerate(layouts):
             for worker, experts in enumerate(layout):
                 self._held[worker].update((layer, expert) for expert in experts)
-        self._capacity_W = capacity_W
+        self._capacity_W, self._size_LE = capacity_W, size_LE
+        self._used_W = [self._size(pairs) for pairs in self._held]
         self._floor = {
             (layer, expert): min(copies, min_copies)
             for layer, layout in enumerate(layouts)
-            for expert, copies in enumerate(copies_of(layout, num_experts))
+            for expert, copies in enumerate(copies_of(layout, len(size_LE[layer])))
         }
 
     def copy(self) -> Holdings:
         """Another one of the same contents."""
         other = copy.copy(self)
         other._held = [set(held) for held in self._held]
+        other._used_W = [*self._used_W]
         return other
 
     @property
@@ -51,10 +56,13 @@ class Holdings:
         """All of them, whatever they hold."""
         return len(self._held)
 
-    def has_room(self, worker: int, count: int = 1) -> bool:
-        """Whether a worker can hold so many more."""
+    def _size(self, pairs: Iterable[Pair]) -> float:
+        return sum(self._size_LE[layer][expert] for layer, expert in pairs)
+
+    def has_room(self, worker: int, pairs: Iterable[Pair]) -> bool:
+        """Whether a worker can hold these, none of which it holds, too."""
         capacity = self._capacity_W[worker]
-        return not capacity or len(self._held[worker]) + count <= capacity
+        return not capacity or self._used_W[worker] + self._size(pairs) <= capacity + ROUNDING
 
     def holds(self, worker: int, pair: Pair) -> bool:
         """Whether a worker holds a pair."""
@@ -67,7 +75,7 @@ class Holdings:
     def apply(self, step: Step) -> bool:
         """Does a step, if nothing stands against it. Otherwise nothing is changed."""
         source, target, pairs = step.source, step.target, step.pairs
-        if target is not None and (pairs & self._held[target] or not self.has_room(target, len(pairs))):
+        if target is not None and (pairs & self._held[target] or not self.has_room(target, pairs)):
             return False
         if source is not None and not pairs <= self._held[source]:
             return False
@@ -75,8 +83,10 @@ class Holdings:
             return False
         if target is not None:
             self._held[target] |= pairs
+            self._used_W[target] += self._size(pairs)
         if source is not None:
             self._held[source] -= pairs
+            self._used_W[source] -= self._size(pairs)
         return True
 
 
@@ -142,7 +152,11 @@ def _detour(holdings: Holdings, pending: Sequence[Step]) -> tuple[Step, Step, St
             continue
         (pair,) = step.pairs
         for third in range(holdings.num_workers):
-            if third not in (step.source, step.target) and not holdings.holds(third, pair) and holdings.has_room(third):
+            if (
+                third not in (step.source, step.target)
+                and not holdings.holds(third, pair)
+                and holdings.has_room(third, step.pairs)
+            ):
                 return step, Step(step.pairs, step.source, third), Step(step.pairs, third, step.target)
     return None
 

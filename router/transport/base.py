@@ -57,8 +57,9 @@ class PipelineStage:
 class ExpertInfo:
     """What an expert worker says of itself.
 
-    revision: grows whenever `experts` changes. expert_bytes: what one expert of one layer takes. capacity: most of
-    them it can hold; 0: as many as its memory takes. expert_dtype: what the weights are stored in; empty: dtype.
+    experts, loading: units and their layers. revision: grows whenever `experts` changes. expert_bytes: what one expert
+    of one layer takes, all of it. capacity: most of them it can hold, a slice as its part of one; 0: as many as its
+    memory takes. expert_dtype: what the weights are stored in; empty: dtype.
     """
 
     config_hash: str
@@ -182,6 +183,7 @@ class ExpertLink(Protocol):
     ) -> ExpertReply:
         """Sends rows sorted by expert through the experts of a layer.
 
+        expert_ids: units (`grokmoe.expert_units`), ascending.
         timeout: seconds after which the worker need not begin any more, because nobody waits for the answer. Waiting
         no longer is the caller's part; a call that is cancelled leaves the others alone, and its answer is discarded.
         Raises Unavailable when the worker is lost or about to end, DeadlineExceeded when it had no time to begin,

@@ -11,7 +11,8 @@ import torch
 
 from grokmoe import tensors
 from grokmoe.channel import TIMEOUTS
-from grokmoe.errors import GrokmoeError, InvalidRequest, Unavailable
+from grokmoe.errors import ConfigError, GrokmoeError, InvalidRequest, Unavailable
+from grokmoe.expert_messages import RangeMessage, from_messages, name_units, to_messages
 from grokmoe.status import from_failure, from_rpc_error
 from grokmoe.trace_context import traceparents
 from grokmoe.v1 import expert_pb2
@@ -160,15 +161,21 @@ class GrpcExpertLink:
             incarnation=reply.incarnation,
             dtype=tensors.torch_dtype(reply.dtype),
             expert_dtype=reply.expert_dtype,
-            experts=tuple((held.expert, held.layer_begin, held.layer_end) for held in reply.experts),
+            experts=self._ranges(reply.experts),
             max_rows=reply.max_rows,
             device=reply.device,
             is_draining=reply.draining,
             revision=reply.revision,
-            loading=tuple((held.expert, held.layer_begin, held.layer_end) for held in reply.loading),
+            loading=self._ranges(reply.loading),
             expert_bytes=reply.expert_bytes,
             capacity=reply.capacity,
         )
+
+    def _ranges(self, messages: Sequence[RangeMessage]) -> tuple[ExpertLayers, ...]:
+        try:
+            return tuple(from_messages(messages))
+        except InvalidRequest as error:
+            raise ConfigError(f"{self.address} says what it holds, but {error.message}") from error
 
     async def forward(
         self,
@@ -192,13 +199,13 @@ class GrpcExpertLink:
 
     async def load(self, config_hash: str, experts: Sequence[ExpertLayers], timeout: float) -> Loaded:
         """See ExpertLink."""
-        request = expert_pb2.ExpertLoadRequest(config_hash=config_hash, experts=_messages(experts))
+        request = expert_pb2.ExpertLoadRequest(config_hash=config_hash, experts=to_messages(experts))
         reply = await self._ask("Load", request, expert_pb2.ExpertLoadResponse, timeout)
         return Loaded(reply.loaded_bytes, reply.load_ns / 1e9)
 
     async def unload(self, config_hash: str, experts: Sequence[ExpertLayers]) -> None:
         """See ExpertLink."""
-        request = expert_pb2.ExpertUnloadRequest(config_hash=config_hash, experts=_messages(experts))
+        request = expert_pb2.ExpertUnloadRequest(config_hash=config_hash, experts=to_messages(experts))
         await self._ask("Unload", request, expert_pb2.ExpertUnloadResponse, TIMEOUTS.describe)
 
     async def _ask(self, method: str, request: Any, response: Any, timeout: float) -> Any:
@@ -228,7 +235,8 @@ def make_request(
     layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], timeout: float | None
 ) -> expert_pb2.ForwardRequest:
     """A call in the traces that are open here. timeout: see ExpertLink.forward."""
-    request = expert_pb2.ForwardRequest(layer=layer, expert_ids=expert_ids, counts=counts, traceparents=traceparents())
+    request = expert_pb2.ForwardRequest(layer=layer, counts=counts, traceparents=traceparents())
+    name_units(request, expert_ids)
     if timeout is not None:
         request.timeout_ms = max(1, int(timeout * 1000))
     return request
@@ -242,7 +250,3 @@ def make_reply(answer: Answer, rows_ND: torch.Tensor) -> ExpertReply:
     if out_ND is None or out_ND.shape != rows_ND.shape or out_ND.dtype != rows_ND.dtype:
         raise CorruptReply("the expert worker's answer does not have the shape of the request")
     return ExpertReply(out_ND, header.queue_ns / 1e9, header.compute_ns / 1e9, header.revision, header.batch_rows)
-
-
-def _messages(experts: Iterable[ExpertLayers]) -> list[expert_pb2.ExpertRange]:
-    return [expert_pb2.ExpertRange(expert=expert, layer_begin=begin, layer_end=end) for expert, begin, end in experts]

@@ -23,25 +23,28 @@ def server() -> Iterator[FakeServer]:
 @pytest.mark.parametrize(
     ("text", "ranges"),
     [
-        ("3", [(3, 0, 0)]),
-        ("0-2,7", [(0, 0, 0), (1, 0, 0), (2, 0, 0), (7, 0, 0)]),
+        ("3", [(3, 0, 64)]),
+        ("0-2,7", [(0, 0, 64), (1, 0, 64), (2, 0, 64), (7, 0, 64)]),
         ("5@0-15", [(5, 0, 16)]),
         ("0, 3@7", [(0, 7, 8), (3, 7, 8)]),
+        ("5@0-15,20+1", [(1, 0, 64), (5, 0, 16), (5, 20, 21)]),
+        ("3:2/2", [(3, 0, 64, 1, 2)]),
+        ("1,2:1,4/4@3+0", [(0, 0, 64), (1, 3, 4, 0, 4), (2, 3, 4, 0, 4), (1, 3, 4, 3, 4), (2, 3, 4, 3, 4)]),
     ],
 )
-def test_what_is_typed(text: str, ranges: list[tuple[int, int, int]]) -> None:
-    assert parse_experts(text) == [ExpertRange(*each) for each in ranges]
+def test_what_is_typed(text: str, ranges: list[tuple[int, ...]]) -> None:
+    assert parse_experts(text, 8, 64) == [ExpertRange(*each) for each in ranges]
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "3@", "3@x", "-1", "1@2-1"])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "3@", "3@x", "-1", "1@2-1", "none", "8", "3:1", "3:3/2"])
 def test_what_cannot_be_typed(text: str) -> None:
-    with pytest.raises(ConfigError, match="neither a number nor a range"):
-        parse_experts(text)
+    with pytest.raises(ConfigError, match="experts is"):
+        parse_experts(text, 8, 64)
 
 
 def test_what_is_shown_can_be_typed() -> None:
-    ranges = [*parse_experts("0-3@0-15"), *parse_experts("7@2-3")]
-    assert describe_ranges(ranges) == "0-3@0-15 7@2-3"
+    text = "0-3:1/2@0-15+7@2-3"
+    assert describe_ranges(parse_experts(text, 8, 64)) == text
     assert describe_ranges([]) == ""
 
 
@@ -53,11 +56,11 @@ def test_status(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(server, "status") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["worker", "state", "rows/s", "holds", "loads", "address"]
-    assert lines[1].split() == ["1", "suspect", "12", "0@0-1", "1@1", "1@0", "e:1"]
+    assert lines[1].split() == ["1", "suspect", "12", "0@0-1+1@1", "1@0", "e:1"]
     assert lines[2:] == ["placement version 7, imbalance 1.50", "under way: move 1@0 from e:0 to e:1 (loading)"]
     assert run(server, "status", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["workers"][0]["held"][0] == {"expert": 0, "layer_begin": 0, "layer_end": 2}
+    assert told["workers"][0]["held"][0] == {"expert": 0, "layer_begin": 0, "layer_end": 2, "slice": 0, "num_slices": 1}
     assert told["moves"][0]["target"] == "e:1"
 
 

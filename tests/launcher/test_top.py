@@ -85,7 +85,7 @@ def test_what_is_drawn() -> None:
     text = drawn(model(), now, rates(model(), look([0, 0, 0, 0], 2, {"wire": 0.5}), now, 1.0))
     lines = [line.split() for line in text.splitlines()]
     assert lines[0][0] == "tiny"
-    assert ["expert", "1", "suspect", "12", "0@0-1", "1@1", "loads", "1@0", "e:1"] in lines
+    assert ["expert", "1", "suspect", "12", "0@0-1+1@1", "loads", "1@0", "e:1"] in lines
     assert ["attention", "0", "ready", "4/10", "a:1"] in lines
     assert ["attention", "1", "ready", "0/20", "layers", "0-0", "1-1", "q:1", "p:1"] in lines
     assert ["0", "100", "█" * 16, "0", "█·"] in lines

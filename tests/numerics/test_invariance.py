@@ -170,7 +170,7 @@ def test_gate_norm_and_combine(hidden: int) -> None:
 
     def moe(rows: slice) -> list[torch.Tensor]:
         weights_TK, expert_ids_TK = gate(x_TD[rows], gate_ED, TINY)
-        plan = dispatch.plan(expert_ids_TK, weights_TK, [0, 1, 0, 1, 2, 2, 0, 1])
+        plan = dispatch.plan(expert_ids_TK, weights_TK, dict(enumerate([0, 1, 0, 1, 2, 2, 0, 1])))
         return [dispatch.combine(plan, dispatch.gather(plan, x_TD[rows]) * 0.7)]
 
     check_rows(moe, 200)

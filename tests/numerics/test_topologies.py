@@ -74,6 +74,32 @@ def test_rows_beside_the_streams(topology: Topology, transport: str) -> None:
     assert calls > 50 if transport == "gloo" else calls == 0
 
 
+MIX = ("0+1:1/2+2:1,4/4+3", "1:2/2+2:2/4+4-5:1/2+7", "2:3/4+4-5:2/2+6:all/2+7")
+"""Expert 0 whole, 1 in halves, 2 in quarters; both halves of 6 on one worker, and a replica of 7."""
+
+
+@pytest.mark.parametrize("topology", [fused_remote, split])
+@pytest.mark.parametrize(("num_slices", "num_workers", "num_replicas"), [(2, 2, 1), (2, 3, 2), (4, 4, 1), (4, 3, 1)])
+def test_sliced_experts(topology: Topology, num_slices: int, num_workers: int, num_replicas: int) -> None:
+    setup = Setup(
+        goldens.DIRECTORY, num_experts=num_workers, expert_replicas=num_replicas, expert_slices=num_slices, lanes=2
+    )
+    asyncio.run(check_all(topology, setup, "seed", False))
+
+
+@pytest.mark.parametrize("topology", [fused_remote, split])
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "batched"])
+def test_whole_and_sliced_experts_mixed(topology: Topology, together: bool) -> None:
+    asyncio.run(check_all(topology, Setup(goldens.DIRECTORY, held=MIX), "seed", not together))
+
+
+def test_slices_that_differ_from_layer_to_layer() -> None:
+    """Expert 3 is whole, then halves, then quarters; and a chunk of a prompt is one row."""
+    held = ("0-2,4-7+3@0+3:1/2@1+3:1-3/4@2", "3:2/2@1+3:4/4@2")
+    setup = Setup(goldens.DIRECTORY, held=held, max_step_tokens=1, page_size=8)
+    asyncio.run(check_all(split, setup, "seed", False))
+
+
 def test_split_xai() -> None:
     asyncio.run(check_all(split, Setup(goldens.DIRECTORY, variant="xai"), "xai", False))
 
@@ -140,6 +166,15 @@ def test_preemption_changes_nothing() -> None:
             return engine.report.num_preemptions
 
     assert asyncio.run(go()) > 0
+
+
+def test_fused_with_remote_experts() -> None:
+    asyncio.run(check_all(fused_remote, Setup(goldens.DIRECTORY, num_experts=3), "seed", False))
+
+
+@pytest.mark.cluster
+def test_slices_in_processes() -> None:
+    asyncio.run(check_all(processes, Setup(goldens.DIRECTORY, num_experts=4, expert_slices=4), "seed", False))
 
 
 @pytest.mark.cluster

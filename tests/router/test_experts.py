@@ -55,7 +55,7 @@ async def call(pool: ExpertPool, layer: int = 1, legs: Legs | None = None) -> to
 
 
 def expected(layer: int = 1) -> torch.Tensor:
-    plan = dispatch.plan(IDS_TK, WEIGHTS_TK, [0] * 8)
+    plan = dispatch.plan(IDS_TK, WEIGHTS_TK, dict.fromkeys(range(8), 0))
     (shard,) = plan.shards
     rows_ND = tiny.experts(layer, shard.expert_ids, shard.counts, dispatch.gather(plan, X_TD))
     return rows_ND[plan.row_of_rank_TK.reshape(-1)]
@@ -127,7 +127,7 @@ def test_a_shard_is_cut_up_when_its_experts_are_on_different_workers() -> None:
         lost, low, high = ExpertDouble(), ExpertDouble(range(4)), ExpertDouble(range(4, 8))
         async with pool_of([lost, low, high]) as pool:
             lost.is_up = False
-            plan = dispatch.plan(IDS_TK, WEIGHTS_TK, [0] * 8)
+            plan = dispatch.plan(IDS_TK, WEIGHTS_TK, dict.fromkeys(range(8), 0))
             rows_ND = await pool.forward(0, 1, plan.shards, dispatch.gather(plan, X_TD), Legs())
             assert torch.equal(rows_ND[plan.row_of_rank_TK.reshape(-1)], expected())
             assert low.calls[0][1] == (0, 1, 2, 3)
@@ -140,7 +140,7 @@ def test_a_worker_lost_after_it_was_chosen_gets_no_call() -> None:
     async def main() -> None:
         lost, replica = ExpertDouble(), ExpertDouble()
         async with pool_of([lost, replica]) as pool:
-            plan = dispatch.plan(IDS_TK, WEIGHTS_TK, [0] * 8)
+            plan = dispatch.plan(IDS_TK, WEIGHTS_TK, dict.fromkeys(range(8), 0))
             pool.members[0].state = WorkerState.SUSPECT
             await pool.forward(0, 1, plan.shards, dispatch.gather(plan, X_TD), Legs())
             assert lost.calls == []
@@ -289,7 +289,7 @@ class TestJoining:
                 with pytest.raises(ExpertsUnavailable, match="no worker holds expert 7"):
                     await call(pool)
                 chosen = pool.choose(1)
-                assert chosen == [0] * 7 + [NOBODY]
+                assert list(chosen.values()) == [0] * 7 + [NOBODY]
                 plan = dispatch.plan(IDS_TK % 7, WEIGHTS_TK, chosen)
                 rows_ND = dispatch.gather(plan, X_TD)
                 await pool.forward(0, 1, plan.shards, rows_ND, Legs())

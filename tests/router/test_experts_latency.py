@@ -106,15 +106,15 @@ class TestMember:
         now = 100.0
         member = ExpertMember(0, ExpertDouble([0]), lambda: now)
         assert member.load == 0
-        call = member.begin(0, 4)
+        call = member.begin(0, 4, 4)
         rows_ND = torch.zeros(4, 2)
-        member.report(4, ExpertReply(rows_ND, queue=0.025, compute=0.01))
+        member.report(4, 4, ExpertReply(rows_ND, queue=0.025, compute=0.01))
         assert member.load == 4 + 2 * 4
         member.end(call, 4)
         now += QUEUE_MEMORY
         assert member.load == 0
-        member.report(4, ExpertReply(rows_ND, queue=1.0, compute=0.0))
-        member.report(4, ExpertReply(rows_ND, queue=MIN_QUEUE / 2, compute=1e-6))
+        member.report(4, 4, ExpertReply(rows_ND, queue=1.0, compute=0.0))
+        member.report(4, 4, ExpertReply(rows_ND, queue=MIN_QUEUE / 2, compute=1e-6))
         assert member.load == 0
 
     def test_another_process_at_its_address_is_learnt_anew(self) -> None:

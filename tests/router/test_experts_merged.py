@@ -20,7 +20,7 @@ from tests.router.test_experts import IDS_TK, WEIGHTS_TK, X_TD, pool_of
 from tests.router.test_experts_faults import STILL, idle
 from tests.router.tiny import ExpertDouble
 
-PLAN = dispatch.plan(IDS_TK, WEIGHTS_TK, [0] * 8)
+PLAN = dispatch.plan(IDS_TK, WEIGHTS_TK, dict.fromkeys(range(8), 0))
 ROWS_ND = dispatch.gather(PLAN, X_TD)
 GOOD_ND = tiny.experts(1, PLAN.shards[0].expert_ids, PLAN.shards[0].counts, ROWS_ND)
 
@@ -104,7 +104,7 @@ def test_who_is_wrong_again_with_other_rows_is_not_excused() -> None:
             await send(pool)
             third.is_up = True
             await pool.connect(pool.members[2])
-            shard = dispatch.plan(IDS_TK, WEIGHTS_TK, [1] * 8).shards
+            shard = dispatch.plan(IDS_TK, WEIGHTS_TK, dict.fromkeys(range(8), 1)).shards
             assert torch.equal(await pool.forward(0, 1, shard, ROWS_ND, Legs()), GOOD_ND)
             assert pool.members[1].state is WorkerState.SUSPECT
 

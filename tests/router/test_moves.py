@@ -490,7 +490,7 @@ def test_moves_at_random_under_load(seed: int, num_workers: int) -> None:
                     layer = draw.randrange(LAYERS)
                     assert torch.equal(await call(pool, layer), expected(layer))
                     assert pool.placement is not None
-                    assert all(workers for row in pool.placement.holders for workers in row)
+                    assert all(workers for row in pool.placement.holders for workers in row.values())
 
             async def move() -> None:
                 names = ["", *map(str, range(num_workers))]

@@ -20,6 +20,8 @@ from grokmoe import tensor_names
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import Unavailable
+from grokmoe.expert_spec import parse_experts
+from grokmoe.expert_units import FIRST_SLICE
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.telemetry import AttentionMetrics, RouterMetrics, new_registry
 from launcher.serve import describe
@@ -65,6 +67,21 @@ def expert_set() -> ExpertSet:
         experts = ExpertSet(CONFIG, held, DTYPE, torch.device("cpu"))
         expert_weights.load(experts, checkpoint)
     return experts
+
+
+@functools.cache
+def sliced_set() -> ExpertSet:
+    """All experts whole, in halves and in quarters."""
+    with Checkpoint.open(goldens.DIRECTORY) as checkpoint:
+        held = parse_experts("all+all:all/2+all:all/4", CONFIG.num_experts, CONFIG.num_layers)
+        experts = ExpertSet(CONFIG, held, DTYPE, torch.device("cpu"))
+        expert_weights.load(experts, checkpoint)
+    return experts
+
+
+def units(spec: str) -> tuple[int, ...]:
+    """Of any layer, in the words of --experts."""
+    return parse_experts(spec, CONFIG.num_experts, 1).get(0, ())
 
 
 @functools.cache
@@ -130,7 +147,8 @@ class RestartingAttention:
 
 
 def experts(layer: int, expert_ids: tuple[int, ...], counts: tuple[int, ...], rows_ND: torch.Tensor) -> torch.Tensor:
-    return expert_set().forward(layer, expert_ids, counts, rows_ND)
+    held = sliced_set() if expert_ids[-1] >= FIRST_SLICE else expert_set()
+    return held.forward(layer, expert_ids, counts, rows_ND)
 
 
 def expert_info(held: Iterable[int] = range(8), **changes: Any) -> ExpertInfo:

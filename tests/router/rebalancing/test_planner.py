@@ -102,7 +102,7 @@ class TestPlan:
     ) -> None:
         limits = dataclasses.replace(EAGER, min_replicas=min_replicas)
         plan = make_plan(situation, limits)
-        fewest = min(min(copies_of(layout, situation.num_experts)) for layout in situation.layouts)
+        fewest = min(min(copies_of(layout, len(situation.load_LE[0]))) for layout in situation.layouts)
         after = replay(situation, plan, min_replicas or fewest)
         before = situation.peak_seconds(situation.layouts)
         assert situation.peak_seconds(after) <= before * (1 + 1e-9)
