@@ -37,7 +37,7 @@ class Meeting:
     """One rank at the place where all meet."""
 
     def __init__(self, rank: int, size: int, host: str, port: int, timeout: float = START_TIMEOUT) -> None:
-        """Rank 0 listens at host:port, port 0 for any free one; the others come as soon as it does.
+        """Rank 0 listens at host:port, port 0 for any free one; the others come as soon as it does. timeout: seconds.
 
         Raises StartupError when rank 0 cannot listen there, or is not there in time.
         """
@@ -47,7 +47,7 @@ class Meeting:
         try:
             if rank == 0:
                 # Our own socket: the store's would listen on all interfaces.
-                with _listening(host, port) as listener:
+                with self._listen(host, port) as listener:
                     self._own_host, port = listener.getsockname()[:2]
                     self._store = dist.TCPStore(
                         host, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -59,6 +59,17 @@ class Meeting:
             what = "listen" if rank == 0 else "meet rank 0"
             raise StartupError(f"rank {rank} cannot {what} at {host}:{port}: {_first_line(error)}") from error
         self.address = f"{host}:{port}"
+
+    def _listen(self, host: str, port: int) -> socket.socket:
+        """At the name by which the others find this host, as soon as it is known. Raises OSError."""
+        while True:
+            try:
+                family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+                return socket.create_server((host, port), family=family, backlog=128)
+            except socket.gaierror:  # a cluster makes a pod's name a moment after the pod
+                if time.monotonic() > self._deadline:
+                    raise
+            time.sleep(SEEK_PAUSE)
 
     def _seek(self, host: str, port: int) -> str:
         """Returns when rank 0 listens, with the address that this host has on the way there. Raises OSError."""
@@ -124,11 +135,6 @@ class Meeting:
         torch.cuda.set_device(device)
         store = dist.PrefixStore("nccl", self._store)
         return DeviceMessages(dist.ProcessGroupNCCL(store, self.rank, self.size, options), self.timeout)
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((host, port), family=family, backlog=128)
 
 
 def _first_line(error: Exception) -> str:

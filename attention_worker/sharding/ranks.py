@@ -15,7 +15,7 @@ from attention_worker.row_passes import times
 from attention_worker.sharding.messages import Messages
 from attention_worker.sharding.shard import Shard
 
-SHARE_BYTES = 256 * 1024
+SHARE_BYTES = 2**20
 """Parts larger than this are summed by rows, each rank a share, and the sums exchanged: two exchanges instead of one,
 and 2 (S - 1) / S parts on the wire instead of S - 1. The bits are the same either way."""
 

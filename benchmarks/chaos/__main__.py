@@ -4,6 +4,7 @@
     python -m benchmarks.chaos --faults 10 --kinds kill,hang --targets expert
     python -m benchmarks.chaos --stages 2 --targets attention    attention workers are pipelines, faults are of a stage
     python -m benchmarks.chaos --soak 20                    faults of all kinds for so many minutes, then: what is held
+    python -m benchmarks.chaos --kinds kill,hang,killrank,hangrank --targets attention --tensor-parallel 2
 
 Every cluster is real processes: a router, attention workers, and expert workers with every expert on two of them, the
 embedded model in float32. Its tokens are computed once with nobody disturbing; afterwards every stream of the load is
@@ -66,7 +67,7 @@ class Options:
         groups: dict[Setting, list[tuple[str, str]]] = {}
         for kind in self.kinds:
             for target in self.targets:
-                if is_possible(kind, target):
+                if is_possible(kind, target) and not (FAULTS[kind].needs.has_ranks and self.plan.tensor_parallel == 1):
                     groups.setdefault(FAULTS[kind].needs, []).append((kind, target))
         return groups
 
@@ -217,6 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--attention", type=int, default=2, help="attention workers (default: 2)")
     parser.add_argument("--stages", type=int, default=1, help="processes that make one of them (default: 1)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each attention worker (default: 1)")
     parser.add_argument("--experts", type=int, default=4, help="expert workers (default: 4)")
     parser.add_argument("--replicas", type=int, default=2, help="workers that hold each expert (default: 2)")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/reliability.md has it")
@@ -224,7 +226,13 @@ def main() -> None:
     kinds, targets = tuple(given.kinds.split(",")), tuple(given.targets.split(","))
     if unknown := [name for name in (*kinds, *targets) if name not in (*FAULTS, *TARGETS)]:
         parser.error(f"unknown: {', '.join(unknown)}")
-    plan = ClusterPlan(attention=given.attention, stages=given.stages, experts=given.experts, replicas=given.replicas)
+    plan = ClusterPlan(
+        attention=given.attention,
+        stages=given.stages,
+        experts=given.experts,
+        replicas=given.replicas,
+        tensor_parallel=given.tensor_parallel,
+    )
     options = Options(
         given.faults,
         kinds,

@@ -44,6 +44,7 @@ class ClusterPlan:
     the proxy. in_namespaces: they are in network namespaces of their own. full_disk: they log everything to a disk that
     is full.
     attention_module: what `python -m` runs as an attention worker. max_migrations: the router's.
+    tensor_parallel: ranks of each attention worker.
     """
 
     model: Path = DEMO_MODEL
@@ -56,6 +57,7 @@ class ClusterPlan:
     full_disk: tuple[str, ...] = ()
     attention_module: str = "attention_worker"
     max_migrations: int = 5
+    tensor_parallel: int = 1
 
 
 class ChaosCluster:
@@ -87,7 +89,13 @@ class ChaosCluster:
         config = ModelConfig.from_file(plan.model)
         for index, layers in enumerate(stage_layers(config.num_layers, plan.stages) * plan.attention):
             attention = AttentionWorkerSettings(
-                **common, layers=layers, page_size=16, kv_gib=0.01, max_step_tokens=512, threads=1
+                **common,
+                layers=layers,
+                page_size=16,
+                kv_gib=0.01,
+                max_step_tokens=512,
+                threads=1,
+                tensor_parallel=plan.tensor_parallel,
             )
             self.workers.append(self._worker("attention", index, plan.attention_module, to_flags(attention)))
         for index, held in enumerate(spread(config.num_experts, plan.experts, plan.replicas)):

@@ -12,12 +12,15 @@ duplicate   every answer comes twice for a while
 nan         three answers hold NaN
 shape       three answers have the wrong shape
 garbage     an answer is random bytes
+killrank    kill -9 of a rank that serves nobody itself; its worker, which ends with it, is started again
+hangrank    SIGSTOP of such a rank for a while, then SIGCONT
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import random
 import signal
 import time
@@ -59,6 +62,7 @@ class Setting:
     is_proxied: bool = False
     has_cables: bool = False
     is_disk_full: bool = False
+    has_ranks: bool = False
 
 
 Inject = Callable[[ChaosCluster, Node, random.Random], Awaitable[bool]]
@@ -94,6 +98,24 @@ async def rolling(cluster: ChaosCluster, node: Node, draw: random.Random) -> boo
     """See the table. Goes on when the node that was restarted is ready, as an orchestrator would."""
     for each in (cluster.router, *cluster.workers):
         await restart(cluster, each, draw)
+    return True
+
+
+async def kill_rank(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
+    """See the table."""
+    os.kill(draw.choice(node.rank_pids), signal.SIGKILL)
+    await node.wait_ended()
+    await asyncio.sleep(draw.uniform(*AWAY))
+    await node.start()
+    return True
+
+
+async def hang_rank(cluster: ChaosCluster, node: Node, draw: random.Random) -> bool:
+    """See the table."""
+    rank = draw.choice(node.rank_pids)
+    os.kill(rank, signal.SIGSTOP)
+    await asyncio.sleep(draw.uniform(*SILENT))
+    os.kill(rank, signal.SIGCONT)
     return True
 
 
@@ -167,6 +189,8 @@ FAULTS: dict[str, Fault] = {
     "nan": Fault(spoil_some("nan", 3), PROXIED),
     "shape": Fault(spoil_some("shape", 3), PROXIED),
     "garbage": Fault(spoil_some("garbage", 1), PROXIED),
+    "killrank": Fault(kill_rank, Setting(has_ranks=True)),
+    "hangrank": Fault(hang_rank, Setting(has_ranks=True)),
 }
 """Kind -> fault."""
 
@@ -181,4 +205,6 @@ def is_possible(kind: str, target: str) -> bool:
     """Whether a kind can be done to a role."""
     if target == ALL or kind == "rolling":
         return target == ALL and kind == "rolling"
+    if FAULTS[kind].needs.has_ranks:
+        return target == "attention"
     return target != "router" or FAULTS[kind].needs in (Setting(), Setting(is_disk_full=True))

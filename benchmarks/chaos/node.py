@@ -57,6 +57,12 @@ class Node:
         return self._process.pid
 
     @property
+    def rank_pids(self) -> list[int]:
+        """Of the ranks that an attention worker has started."""
+        assert self._process is not None, "not started"
+        return [*self._process.rank_pids.values()]
+
+    @property
     def is_running(self) -> bool:
         """Whether a process has been started and has not ended."""
         return self._process is not None and self._process.returncode is None

@@ -16,13 +16,13 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.deploy.rendered import IMAGE_PACKAGES, ROOT, Object, matches, of_kind
+from tests.deploy.rendered import GROUP_LABEL, IMAGE_PACKAGES, ROOT, Object, group_sets, matches, of_kind
 
 IMAGE_FOLDERS = {"/opt/grokmoe/demo_model": str(ROOT / "launcher" / "demo_model")}
 """Folder of the image -> what is copied there (deploy/Dockerfile)."""
@@ -74,9 +74,28 @@ class Cluster:
                     labels["apps.kubernetes.io/pod-index"] = str(index)
                 name = f"{each['metadata']['name']}-{index}"
                 self._add(each["metadata"]["name"], name, labels, template["spec"], f"{net}.{next(host)}")
+        for each in of_kind(self.objects, "LeaderWorkerSet"):
+            self._add_groups(each, lambda: f"{net}.{next(host)}")
         for each in of_kind(self.objects, "Pod"):
             name = each["metadata"]["name"]
             self._add(name, name, each["metadata"]["labels"], each["spec"], f"{net}.{next(host)}")
+
+    def _add_groups(self, each: Object, new_address: Callable[[], str]) -> None:
+        """As their controller does: a leader of each group, the others of it, and what all are told."""
+        leaders, followers = group_sets(each)
+        for group in range(leaders["spec"]["replicas"]):
+            leader = f"{each['metadata']['name']}-{group}"
+            address = new_address()
+            for index in range(followers["spec"]["replicas"] + 1):
+                template = (followers if index else leaders)["spec"]["template"]
+                labels = template["metadata"]["labels"] | {f"{GROUP_LABEL}worker-index": str(index)}
+                told = [
+                    {"name": "LWS_LEADER_ADDRESS", "value": address},
+                    {"name": "LWS_WORKER_INDEX", "value": str(index)},
+                ]
+                containers = [one | {"env": [*told, *one.get("env", ())]} for one in template["spec"]["containers"]]
+                name, own = (f"{leader}-{index}", new_address()) if index else (leader, address)
+                self._add(leader, name, labels, {**template["spec"], "containers": containers}, own)
 
     def _add(self, owner: str, name: str, labels: Mapping[str, str], spec: Object, address: str) -> None:
         folder = self.folder / str(len(self.pods))  # short: there are Unix sockets in it
@@ -97,10 +116,12 @@ class Cluster:
 
     def _spawn(self, pod: Pod, container: Object) -> subprocess.Popen[str]:
         folders = self._mounted(pod, container)
-        arguments = [self._local(argument, pod, folders) for argument in container["args"]]
+        variables = self._variables(pod, container)
+        expanded = [re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], one) for one in container["args"]]
+        arguments = [self._local(argument, pod, folders) for argument in expanded]
         process = subprocess.Popen(
             [sys.executable, "-m", "grokmoe_image", *arguments],
-            env=IMAGE_ENVIRONMENT | {"HOME": folders["/tmp"]} | self._variables(pod, container),
+            env=IMAGE_ENVIRONMENT | {"HOME": folders["/tmp"]} | variables,
             cwd=folders["/tmp"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -88,6 +88,24 @@ VARIANTS: Mapping[str, Object] = {
         "tracing": {"url": "http://collector", "collector": [{"namespaceSelector": {}}]},
         "monitoring": {"serviceMonitor": {"enabled": True}},
     },
+    "ranks": {
+        "cells": {"shape": "split", "count": 2},
+        "attention": {
+            "replicas": 3,
+            "device": "cuda",
+            "gpu": {"count": 1},
+            "tensorParallel": {"ranks": 4, "shape": "group", "port": 50061},
+            "shm": "1Gi",
+            "env": [{"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}],
+        },
+        "autoscaling": {"kind": "keda"},
+        "tls": {"workers": {"enabled": True, "serverSecret": "server", "clientSecret": "client"}},
+        "tracing": {"url": "http://collector:4317", "collector": [{"namespaceSelector": {}}]},
+    },
+    "ranks-of-a-pod": {
+        "cells": {"shape": "pod", "count": 1},
+        "attention": {"tensorParallel": {"ranks": 2, "shape": "pod", "port": 50061}},
+    },
     "given-secrets": {
         "tls": {
             "workers": {"enabled": True, "serverSecret": "server", "clientSecret": "client"},
@@ -150,11 +168,38 @@ def title(found: Object) -> str:
     return f"{found['kind']}/{found['metadata']['name']}"
 
 
+GROUP_LABEL = "leaderworkerset.sigs.k8s.io/"
+
+
+def group_sets(group: Object) -> list[Object]:
+    """The StatefulSets that the controller of a LeaderWorkerSet makes of it: the leaders', and the first group's."""
+    name, spec = group["metadata"]["name"], group["spec"]
+    size = spec["leaderWorkerTemplate"]["size"]
+    leaders = _set_of(name, spec["leaderWorkerTemplate"]["leaderTemplate"], name, "0", spec.get("replicas"))
+    return [leaders, _set_of(f"{name}-0", spec["leaderWorkerTemplate"]["workerTemplate"], name, "1", size - 1)]
+
+
+def _set_of(name: str, template: Object, group: str, index: str, replicas: int | None) -> Object:
+    own = {f"{GROUP_LABEL}name": group, f"{GROUP_LABEL}worker-index": index}
+    labels = {**template["metadata"]["labels"], **own}
+    spec = {
+        "serviceName": group,
+        "selector": {"matchLabels": own},
+        "template": {**template, "metadata": {**template["metadata"], "labels": labels}},
+    }
+    kept = {key: value for key, value in labels.items() if not key.startswith(GROUP_LABEL)}
+    made = {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": name, "labels": kept}, "spec": spec}
+    return made if replicas is None else {**made, "spec": {**spec, "replicas": replicas}}
+
+
 def pod_templates(found: list[Object]) -> Iterator[tuple[Object, Object]]:
     """Every (object, pod template) of workloads, Jobs and single pods."""
     for each in found:
         if each["kind"] == "Pod":
             yield each, each
+        elif each["kind"] == "LeaderWorkerSet":
+            for made in group_sets(each):
+                yield each, made["spec"]["template"]
         elif "template" in each.get("spec", {}):
             yield each, each["spec"]["template"]
 
@@ -169,4 +214,8 @@ def containers(found: list[Object]) -> Iterator[tuple[Object, Object, Object]]:
 def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
     """Whether a LabelSelector, or the plain map of a Service, selects these labels."""
     wanted = selector.get("matchLabels", selector)
-    return all(labels.get(key) == value for key, value in wanted.items())
+    expressions = selector.get("matchExpressions", ())
+    assert all(each["operator"] == "In" for each in expressions)
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        labels.get(each["key"]) in each["values"] for each in expressions
+    )

@@ -59,6 +59,11 @@ def command_lines(case: str, folder: Path) -> list[tuple[str, list[str]]]:
         if role in TOOLS:
             continue
         if role != "expert-worker":
+            # As the controller of a group would have them.
+            index = "1" if container["name"] == "rank" else "0"
+            variables = {"$(LWS_WORKER_INDEX)": index, "$(LWS_LEADER_ADDRESS)": "demo-0.demo.testing"}
+            for variable, value in variables.items():
+                arguments = [one.replace(variable, value) for one in arguments]
             found.append((role, role_command([role, *arguments], {})))
             continue
         path = experts_file(case, template, container, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from tests.deploy.rendered import (
     CASES,
     Object,
     containers,
+    group_sets,
     matches,
     objects,
     of_kind,
@@ -32,12 +34,22 @@ MADE_ELSEWHERE = {
 
 
 def workloads(case: str) -> list[Object]:
-    return of_kind(objects(case), *WORKLOADS)
+    """With what a controller makes of groups."""
+    groups = [made for group in of_kind(objects(case), "LeaderWorkerSet") for made in group_sets(group)]
+    return of_kind(objects(case), *WORKLOADS) + groups
+
+
+def component_of(workload: Object) -> str:
+    return str(workload["metadata"]["labels"]["app.kubernetes.io/component"])
 
 
 def roles(case: str) -> list[Object]:
-    """Workloads that speak gRPC: all but the gateway."""
-    return [each for each in workloads(case) if each["metadata"]["labels"]["app.kubernetes.io/component"] != "openai"]
+    """Workloads that serve gRPC: all but the gateway, and ranks that do as another does."""
+    return [each for each in workloads(case) if component_of(each) not in ("openai", "attention-rank")]
+
+
+def has_groups(case: str) -> bool:
+    return bool(of_kind(objects(case), "LeaderWorkerSet"))
 
 
 def pod_labels(workload: Object) -> dict[str, str]:
@@ -251,7 +263,7 @@ def test_only_routers_reach_workers(case: str) -> None:
         mine = [one for one in policies if matches(one["spec"]["podSelector"], pod_labels(each))]
         mine = [one for one in mine if not one["metadata"]["name"].endswith("-pairs")]  # test_ends_of_a_pair_may_meet
         assert len(mine) == 1
-        spec = mine[0]["spec"]
+        spec = copy.deepcopy(mine[0]["spec"])
         component = each["metadata"]["labels"]["app.kubernetes.io/component"]
         if component == "router":
             open_ports = {port["port"] for rule in spec["egress"] for port in rule["ports"]}
@@ -266,6 +278,15 @@ def test_only_routers_reach_workers(case: str) -> None:
                     assert all(ports_of(one)["grpc"] == number for one in workers)
             continue
         collector = next((one for one in CASES[case].get("tracing", {}).get("collector", ())), None)
+        if component == "attention" and has_groups(case):
+            ranks = {"attention", "attention-rank"}
+            for rule in (spec["egress"].pop(0), spec["ingress"].pop()):
+                (peers,) = rule.values()
+                found_ranks = [one for peer in peers for one in selected(case, peer["podSelector"])]
+                assert {component_of(one) for one in found_ranks} == ranks
+            assert spec["egress"].pop(0) == {
+                "ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+            }
         assert [rule.get("to") for rule in spec["egress"][1:]] == ([[collector]] if collector else []), "nobody else"
         calls = [rule for rule in spec["ingress"] if rule["ports"][0]["port"] == ports_of(each)["grpc"]]
         (peer,) = calls[0]["from"]
@@ -342,7 +363,9 @@ def test_every_role_says_where_its_spans_go_and_may(case: str) -> None:
 def test_autoscalers_name_workloads_that_leave_their_number_to_them(case: str) -> None:
     scalers = of_kind(objects(case), "ScaledObject", "HorizontalPodAutoscaler")
     targets = {(one["spec"]["scaleTargetRef"]["kind"], one["spec"]["scaleTargetRef"]["name"]) for one in scalers}
-    by_name = {(each["kind"], each["metadata"]["name"]): each for each in workloads(case)}
+    by_name = {
+        (each["kind"], each["metadata"]["name"]): each for each in of_kind(objects(case), *WORKLOADS, "LeaderWorkerSet")
+    }
     assert targets <= set(by_name)
     for key, each in by_name.items():
         assert ("replicas" in each["spec"]) == (key not in targets), "a count in the chart undoes the autoscaler's"
@@ -393,3 +416,36 @@ def test_a_checkpoint_that_is_fetched_is_waited_for_by_all_that_read_it() -> Non
         model = next(one for one in spec["containers"][0]["args"] if one.startswith("--model="))
         assert model.partition("=")[2] == folder.partition("=")[2]
         assert all(one["readOnly"] for one in spec["containers"][0]["volumeMounts"] if one["name"] == "model")
+
+
+GROUPED = [case for case in CASES if has_groups(case)]
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_ranks_of_a_group_have_one_command_and_find_the_first(case: str) -> None:
+    """What differs between them is a variable that the controller sets; nobody but ranks reaches those that do not
+    serve."""
+    found = objects(case)
+    wanted = CASES[case]["attention"]["tensorParallel"]
+    for group in of_kind(found, "LeaderWorkerSet"):
+        template = group["spec"]["leaderWorkerTemplate"]
+        assert template["size"] == wanted["ranks"]
+        assert template["restartPolicy"] == "RecreateGroupOnPodRestart", "a worker without one of its ranks is none"
+        serving = {"--listen", "--health-listen", "--metrics-host", "--metrics-port"}
+        serving |= {"--tls-certificate", "--tls-key", "--tls-client-ca", "--traces"}
+        arguments = [
+            {one for one in template[which]["spec"]["containers"][0]["args"] if one.partition("=")[0] not in serving}
+            for which in ("leaderTemplate", "workerTemplate")
+        ]
+        assert arguments[0] == arguments[1]
+        assert {"--rank=$(LWS_WORKER_INDEX)", f"--rendezvous=$(LWS_LEADER_ADDRESS):{wanted['port']}"} <= arguments[0]
+        assert f"--tensor-parallel={wanted['ranks']}" in arguments[0]
+        # The controller makes a Service of the group's name, for the ranks to find each other.
+        assert group["metadata"]["name"] not in {one["metadata"]["name"] for one in of_kind(found, "Service")}
+        assert len(group["metadata"]["name"]) <= 48, "two ordinals and a hash follow"
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(found, "NetworkPolicy")}
+    (rule,) = policies["demo-grokmoe-attention-rank"]["ingress"]
+    assert {component_of(one) for peer in rule["from"] for one in selected(case, peer["podSelector"])} == {
+        "attention",
+        "attention-rank",
+    }

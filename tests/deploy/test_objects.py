@@ -12,7 +12,18 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.rendered import CASES, CHART, PROFILES, Object, containers, objects, of_kind, pod_templates, title
+from tests.deploy.rendered import (
+    CASES,
+    CHART,
+    PROFILES,
+    Object,
+    containers,
+    group_sets,
+    objects,
+    of_kind,
+    pod_templates,
+    title,
+)
 
 OLDEST, NEWEST = "1.31", "1.36"
 """The chart's kubeVersion, and the newest that there are schemas for in the wild."""
@@ -27,6 +38,8 @@ def test_objects_are_valid(case: str, version: str) -> None:
     for each in objects(case):
         if each["kind"] in CRD_SCHEMAS:
             jsonschema.validate(each, CRD_SCHEMAS[each["kind"]])
+            for made in group_sets(each) if each["kind"] == "LeaderWorkerSet" else ():
+                kubernetes_validate.validate(made, version, strict=True)
         else:
             kubernetes_validate.validate(each, version, strict=True)
 

@@ -106,6 +106,42 @@ def test_the_laptop_profile_generates_text(folder: Path) -> None:
         cluster.kill()
 
 
+def test_ranks_in_pods_of_their_own_are_one_worker(folder: Path) -> None:
+    """The first serves, the other does as it does; without either there is no worker, and the two are made anew."""
+    cluster = Cluster(objects_of(profile("laptop-ranks")), folder)
+    try:
+        cluster.create()
+        ((leader,), (rank,), (router,)) = (cluster.of(name) for name in ("attention", "attention-rank", "router"))
+        cluster.start(rank)  # may come first: it waits for the other
+        for pod in (router, leader, *cluster.of("expert")):
+            cluster.start(pod)
+        for pod in (*cluster.of("expert"), leader, router):
+            cluster.wait_started(pod)
+        cluster.wait(router, "readinessProbe", True)
+        with Client(cluster.service("demo-grokmoe", 50051)) as client:
+            before = client.generate(PROMPT, max_tokens=12, temperature=0)
+            assert client.status().workers[0].device == "cpu x 2"
+
+            cluster.lose(rank)
+            assert leader.processes["attention"].wait(30) != 0
+            leader.processes = {}
+            for pod in (leader, rank):  # as the controller does
+                cluster.start(pod)
+            cluster.wait_started(leader)
+            cluster.wait(router, "readinessProbe", True)
+            after = client.generate(PROMPT, max_tokens=12, temperature=0, timeout=60)
+            assert after.token_ids == before.token_ids
+
+            # A node is emptied: the rank on it is asked to end, and the worker ends in order.
+            assert cluster.delete(rank) == {"rank": 0}
+            assert leader.processes["attention"].wait(30) == 0
+            leader.processes = {}
+        for pod in (router, *cluster.of("expert")):
+            assert set(cluster.delete(pod).values()) <= {0}
+    finally:
+        cluster.kill()
+
+
 def secured(folder: Path) -> tuple[Object, dict[str, dict[str, str]], Authority]:
     """Values with all of TLS and tokens, the Secrets that they name, and who vouches for the router."""
     workers, public = Authority(folder, "workers"), Authority(folder, "public")

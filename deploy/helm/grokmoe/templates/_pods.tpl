@@ -192,42 +192,6 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* The attention worker; in a StatefulSet of its own, or beside its router. Takes (dict "root" $ "listen" ADDRESS). */}}
-{{- define "grokmoe.attentionContainer" -}}
-{{- $attention := .root.Values.attention -}}
-{{- $ports := .root.Values.ports.attention -}}
-- name: attention
-  image: {{ include "grokmoe.image" (dict "root" .root "accelerator" (gt (int $attention.gpu.count) 0 | ternary "cuda" "cpu")) }}
-  imagePullPolicy: {{ .root.Values.image.pullPolicy }}
-  args:
-    - attention-worker
-    - --model={{ include "grokmoe.modelPath" .root }}
-    - --variant={{ .root.Values.model.variant }}
-    - --dtype={{ .root.Values.model.dtype }}
-    - --device={{ $attention.device }}
-    - --kv-gib={{ $attention.kvGib }}
-    {{- include "grokmoe.serverArgs" (dict "root" .root "ports" $ports "grace" $attention.grace "listen" .listen) | nindent 4 }}
-    {{- with include "grokmoe.workerSecurityArgs" .root | trim }}{{ nindent 4 . }}{{ end }}
-    {{- with include "grokmoe.flags" $attention.settings | trim }}{{ nindent 4 . }}{{ end }}
-    {{- with $attention.extraArgs }}{{ toYaml . | nindent 4 }}{{ end }}
-  {{- with $attention.env }}
-  env: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  ports: {{- include "grokmoe.ports" (.listen | empty | ternary $ports (omit $ports "grpc")) | trim | nindent 4 }}
-  {{- include "grokmoe.probes" (dict "port" $ports.health "service" "grokmoe.v1.Attention" "start" "grokmoe.v1.Attention" "budget" $attention.startupBudget) | nindent 2 }}
-  {{- include "grokmoe.drain" $attention.drain | nindent 2 }}
-  securityContext: {{- toYaml .root.Values.securityContext | nindent 4 }}
-  resources: {{- include "grokmoe.resources" $attention | nindent 4 }}
-  volumeMounts:
-    {{- include "grokmoe.mounts" .root | nindent 4 }}
-    {{- if .listen }}
-    - {name: cell, mountPath: /run/grokmoe}
-    {{- end }}
-    {{- with include "grokmoe.workerMounts" .root | trim }}{{ nindent 4 . }}{{ end }}
-    {{- if $attention.shm }}
-    - {name: shm, mountPath: /dev/shm}
-    {{- end }}
-{{- end }}
 {{- define "grokmoe.shmVolume" -}}
 {{- if . }}
 - name: shm
