@@ -14,7 +14,7 @@ import torch
 from expert_worker.cells import by_layer
 from expert_worker.experts import ExpertSet
 from expert_worker.layer import Layer
-from expert_worker.matrix import Matrix, Piece
+from expert_worker.matrix import FP8, Matrix, Piece
 from grokmoe import tensor_names
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.errors import Cancelled
@@ -73,7 +73,8 @@ def load_layer(
     missing = [expert for expert in expert_ids if not old.holds(expert)]
     weights = experts.resized(layer, sorted({*old.expert_ids, *missing}))
     for part in _matrices(checkpoint, {layer: missing}):
-        put(weights, part.unit, part.linear, _matrix(checkpoint, part, experts.dtype, is_stopping, progress))
+        dtype = FP8 if weights.takes_fp8 and checkpoint.is_in_8_bits(part.name) else experts.dtype
+        put(weights, part.unit, part.linear, _matrix(checkpoint, part, dtype, is_stopping, progress))
     experts.replace(layer, weights)
 
 
@@ -116,15 +117,19 @@ def _matrix(
     is_stopping: Callable[[], bool],
     progress: Progress | None,
 ) -> Matrix:
-    """A matrix in a type of rows. Mapped no longer than it is copied, so none of its pages stay with us."""
+    """A matrix in that type. Mapped no longer than it is copied, so none of its pages stay with us."""
     rows, columns = part.rows, part.columns
     num_outputs, num_inputs = rows.stop - rows.start, columns.stop - columns.start
 
     def pieces() -> Iterator[Piece]:
-        for place, rows_OI in checkpoint.pieces(part.name, PIECE_BYTES, dtype, rows, columns):
+        if dtype is FP8:
+            stored = checkpoint.pieces_in_8_bits(part.name, PIECE_BYTES, rows, columns)
+        else:
+            stored = ((*each, None) for each in checkpoint.pieces(part.name, PIECE_BYTES, dtype, rows, columns))
+        for place, rows_OI, scale_O in stored:
             if is_stopping():
                 raise Cancelled("stopped while loading")
-            yield Piece(place.start, rows_OI)
+            yield Piece(place.start, rows_OI, scale_O)
             if progress is not None:
                 progress.add(part.num_bytes * len(rows_OI) // num_outputs)
 
