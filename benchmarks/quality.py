@@ -9,6 +9,7 @@ engines with all roles fused, so what computes is what serves; all of them score
     float32     weights, rows and KV
     bfloat16    the same in bfloat16
     int8        bfloat16, and experts as `--expert-dtype int8` has them
+    fp8_...     the same for the types of eight bits that GPUs have
 
 Every token but the first is predicted once, from those before it in its window. "nats" are per token, "loss" is the
 perplexity's growth over bfloat16's, and "error" the standard error of that growth over the windows, which share their
@@ -54,6 +55,8 @@ CONTENDERS = {
     "float32": {"dtype": "float32"},
     BASELINE: {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "expert_dtype": "int8"},
+    "fp8_e4m3": {"dtype": "bfloat16", "expert_dtype": "fp8_e4m3"},
+    "fp8_e4m3_rows": {"dtype": "bfloat16", "expert_dtype": "fp8_e4m3_rows"},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from expert_worker.expert_dtype import EXPERT_DTYPES, INT8, SAME
+from expert_worker.expert_dtype import EXPERT_DTYPE_HELP, EXPERT_DTYPES, INT8, SAME
 from grokmoe.errors import ConfigError
 from grokmoe.expert_spec import ALL
 from grokmoe.settings import setting
@@ -18,7 +18,7 @@ class ExpertWorkerSettings(ExportSettings):
     model: str = setting("", "checkpoint directory: config.json and safetensors", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type of weights and rows", choices=("float32", "bfloat16"))
-    expert_dtype: str = setting(SAME, "what weights are stored in: as dtype says, or int8 (CPU)", choices=EXPERT_DTYPES)
+    expert_dtype: str = setting(SAME, EXPERT_DTYPE_HELP, choices=EXPERT_DTYPES)
     experts: str = setting(
         ALL,
         "experts to hold at start, EXPERTS[:SLICES/COUNT][@LAYERS] joined by '+', such as 0-3, 0,5, 0-3@0-31+4@32-63 "

@@ -15,7 +15,7 @@ import torch
 
 from expert_worker.experts import ExpertCall, ExpertSet
 from expert_worker.joining import RowsByExpert, join
-from expert_worker.layers import CountedLayer, LayerWeights
+from expert_worker.layer import CountedLayer, Layer
 from grokmoe.device_thread import DeviceThread
 from grokmoe.expert_units import FIRST_SLICE, describe_unit
 from grokmoe.recording import current
@@ -38,7 +38,7 @@ class ExpertResult(NamedTuple):
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Call:
-    weights: LayerWeights
+    weights: Layer
     rows: RowsByExpert
     future: asyncio.Future[ExpertResult]
     received_ns: int

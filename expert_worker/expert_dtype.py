@@ -5,10 +5,15 @@ from __future__ import annotations
 from grokmoe.errors import ConfigError
 from grokmoe.model_config import ModelConfig
 
-SAME, INT8 = "same", "int8"
+SAME, INT8, FP8, FP8_ROWS = "same", "int8", "fp8_e4m3", "fp8_e4m3_rows"
 
-EXPERT_DTYPES = (SAME, INT8)
-"""The type of the rows; int8 with a scale for each output, whatever that type is."""
+EXPERT_DTYPES = (SAME, INT8, FP8, FP8_ROWS)
+"""The type of the rows; or, whatever that type is, with a scale for each output: int8; float8_e4m3fn; or the same with
+rows that become float8_e4m3fn before each product, with a scale each."""
+
+EXPERT_DTYPE_HELP = "what experts are stored in: as dtype says, int8 (CPU), fp8_e4m3, or that with rows in it too"
+
+FP8_DTYPES = (FP8, FP8_ROWS)
 
 MAX_INT8_INPUTS = 65536
 """Most inputs of a product in int8: the sum of more products of 255 and 127 may not fit into 32 bits."""

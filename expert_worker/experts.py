@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 
 from expert_worker.cells import Cell, cells_of
-from expert_worker.expert_dtype import INT8, SAME
+from expert_worker.expert_dtype import FP8_DTYPES, FP8_ROWS, INT8, SAME
 from expert_worker.holdings import Holdings
 from expert_worker.joining import RowsByExpert
-from expert_worker.kernels import cpu_int8
-from expert_worker.layers import Layer, LayerWeights, new_layer
+from expert_worker.kernels import cpu_fp8, cpu_int8
+from expert_worker.layer import Layer, LayerWeights
+from expert_worker.layers import new_layer
 from expert_worker.mixed_layer import narrowed, resized
 from grokmoe.errors import FailedPrecondition, InvalidRequest, Reason
 from grokmoe.expert_spec import describe_units
@@ -78,6 +79,12 @@ class ExpertSet:
         ffn_size = self.config.intermediate_size // num_slices
         if self.expert_dtype == INT8:
             return cpu_int8.expert_bytes(self.config.hidden_size, ffn_size)
+        if self.expert_dtype in FP8_DTYPES:
+            each = 1
+            if self.device.type == "cpu":
+                each = cpu_fp8.product_dtype(self.dtype, self.expert_dtype == FP8_ROWS).itemsize
+            num_outputs = 2 * ffn_size + self.config.hidden_size
+            return len(EXPERT_LINEARS) * self.config.hidden_size * ffn_size * each + num_outputs * 4
         return len(EXPERT_LINEARS) * self.config.hidden_size * ffn_size * self.dtype.itemsize
 
     def bytes_of(self, cells: Iterable[Cell]) -> int:

@@ -20,6 +20,8 @@ import torch
 from expert_worker import weights
 from expert_worker.cells import Cells, by_layer
 from expert_worker.experts import ExpertSet
+from expert_worker.layer import Layer
+from expert_worker.matrix import Matrix
 from expert_worker.room import free_bytes, give_back, is_out_of_memory
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
@@ -35,6 +37,7 @@ from grokmoe.errors import (
 from grokmoe.expert_ranges import ranges_of
 from grokmoe.expert_spec import describe_ranges, describe_units
 from grokmoe.telemetry import ExpertMetrics
+from grokmoe.tensor_names import ExpertLinear
 
 logger = logging.getLogger(__name__)
 
@@ -223,10 +226,10 @@ class ExpertLoader:
             traceback.clear_frames(error.__traceback__)  # what is half loaded would live as long as the error does
             raise
 
-    def _put_on_device(self, *args: Any) -> None:
+    def _put_on_device(self, layer: Layer, expert: int, linear: ExpertLinear, matrix: Matrix) -> None:
         """A deterministic linear must be made by the thread that computes (PackedLinear): calls wait while it lays out
-        one matrix."""
-        self._device.call(weights.put_here, *args)
+        one matrix, though not while it is read."""
+        self._device.call(layer.fill, expert, linear, matrix.in_memory())
 
     def _warm_up(self, layer: int, expert: int) -> None:
         """On the device's thread, between calls."""

@@ -12,7 +12,8 @@ from itertools import groupby
 
 import torch
 
-from expert_worker.layers import Layer, LayerWeights
+from expert_worker.layer import Layer, LayerWeights
+from expert_worker.matrix import Matrix
 from grokmoe.expert_units import num_slices_of
 from grokmoe.model_config import ModelConfig
 from grokmoe.tensor_names import ExpertLinear
@@ -63,6 +64,15 @@ class MixedLayer(Layer):
     def put(self, expert: int, linear: ExpertLinear, weight: torch.Tensor) -> None:
         """See Layer."""
         self.parts[num_slices_of(expert)].put(expert, linear, weight)
+
+    def fill(self, expert: int, linear: ExpertLinear, matrix: Matrix) -> None:
+        """See Layer."""
+        self.parts[num_slices_of(expert)].fill(expert, linear, matrix)
+
+    @property
+    def takes_fp8(self) -> bool:
+        """See Layer."""
+        return next(iter(self.parts.values())).takes_fp8
 
     def forward(self, expert_ids: Sequence[int], counts: Sequence[int], rows_ND: torch.Tensor) -> torch.Tensor:
         """See Layer. Rows for slices of one width are next to each other, since units ascend."""

@@ -24,6 +24,7 @@ from grokmoe.errors import ConfigError
 from grokmoe.layouts import Source, names_of_others
 from grokmoe.layouts.layout import Contents
 from grokmoe.layouts.mapped_file import tensor_error
+from grokmoe.layouts.scaled_rows import ScaledRows
 from grokmoe.layouts.source import TORCH_DTYPES
 from grokmoe.model_config import ModelConfig
 
@@ -102,6 +103,23 @@ class Checkpoint:
         for begin in range(first, stop, step):
             end = min(begin + step, stop)
             yield slice(begin - first, end - first), self.read(name, dtype, slice(begin, end), columns)
+
+    def is_in_8_bits(self, name: str) -> bool:
+        """Whether a matrix is stored in float8_e4m3fn with scales."""
+        return isinstance(self.source(name), ScaledRows)
+
+    def pieces_in_8_bits(
+        self, name: str, max_bytes: int, rows: slice | None = None, columns: slice | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """As `pieces`, of a matrix that is: each with the scale of each of its rows, float32."""
+        tensor = self.source(name)
+        assert isinstance(tensor, ScaledRows), f"{name} is not in eight bits"
+        first, stop = _range(rows, tensor.shape[0])
+        wanted = slice(*_range(columns, tensor.shape[1]))
+        step = max(1, max_bytes // max(1, wanted.stop - wanted.start))
+        for begin in range(first, stop, step):
+            end = min(begin + step, stop)
+            yield slice(begin - first, end - first), *tensor.rows_in_8_bits(begin, end, wanted)
 
     def close(self) -> None:
         """Ends reading. Tensors that were read stay valid."""

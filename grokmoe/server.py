@@ -35,10 +35,11 @@ from grokmoe.local_streams import SUFFIX, LocalServer
 from grokmoe.logs import LogSettings
 from grokmoe.loop_lag import watch_lag
 from grokmoe.metrics_http import Page, start_http
+from grokmoe.process_age import process_age
 from grokmoe.security import SecuritySettings
 from grokmoe.settings import setting
 from grokmoe.status import to_status
-from grokmoe.telemetry import LoopMetrics
+from grokmoe.telemetry import LoopMetrics, StartMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -464,6 +465,9 @@ async def run(
         await server.set_ready(True)
         if readiness is not None:
             readiness.append(_follower(server))
+        age = process_age()
+        StartMetrics(registry).seconds.set(age)
+        logger.info("ready %.1f s after the process began", age)
         spare_the_collector()
         watching = asyncio.create_task(watch_lag(LoopMetrics(registry).lag.observe), name="loop lag")
         if metrics:

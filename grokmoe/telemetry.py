@@ -62,6 +62,17 @@ class LoopMetrics:
         )
 
 
+class StartMetrics:
+    """What every role's process knows of its start."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.seconds = Gauge(
+            "grokmoe_start_seconds",
+            "Begin of the process to the moment it was ready; what it loads is most of it.",
+            registry=registry,
+        )
+
+
 class RouterMetrics:
     """What the router counts."""
 

@@ -14,7 +14,7 @@ from attention_worker.engine import AttentionEngine
 from attention_worker.loading import load_engine as load_attention
 from expert_worker import weights as expert_weights
 from expert_worker.engine import ExpertEngine
-from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
+from expert_worker.expert_dtype import EXPERT_DTYPE_HELP, EXPERT_DTYPES, SAME
 from expert_worker.experts import ExpertSet
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
@@ -46,7 +46,8 @@ class ServeSettings(SecuritySettings, LogSettings, RemoteExpertSettings, LimitSe
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
-    expert_dtype: str = setting(SAME, "what experts are stored in: as dtype says, or int8", choices=EXPERT_DTYPES)
+    expert_dtype: str = setting(SAME, EXPERT_DTYPE_HELP, choices=EXPERT_DTYPES)
+    device: str = setting("cpu", "where to compute: cpu, cuda or cuda:N")
     host: str = setting(DEFAULT_HOST, "host to serve on")
     port: int = setting(DEFAULT_PORT, "port to serve on; 0: any free one")
     metrics_port: int = setting(0, "port of the Prometheus endpoint; 0: any free one, -1: none")
@@ -104,7 +105,12 @@ def load_experts(settings: ServeSettings, device: DeviceThread, metrics: ExpertM
         held = parse_experts(ALL, config.num_experts, config.num_layers)
         dtype = getattr(torch, settings.dtype)
         experts = ExpertSet(
-            config, held, dtype, torch.device("cpu"), settings.deterministic, expert_dtype=settings.expert_dtype
+            config,
+            held,
+            dtype,
+            torch.device(settings.device),
+            settings.deterministic,
+            expert_dtype=settings.expert_dtype,
         )
         device.call(expert_weights.load, experts, checkpoint)
     engine = ExpertEngine(experts, metrics, device)
@@ -134,6 +140,7 @@ async def serve(settings: ServeSettings) -> None:
     attention = load_attention(
         AttentionWorkerSettings(
             **common,
+            device=settings.device,
             threads=num_threads,
             page_size=settings.page_size,
             kv_gib=settings.kv_gib,

@@ -15,7 +15,7 @@ from types import TracebackType
 from attention_worker.config import AttentionWorkerSettings
 from attention_worker.sharding import Shard
 from expert_worker.config import ExpertWorkerSettings
-from expert_worker.expert_dtype import EXPERT_DTYPES, SAME
+from expert_worker.expert_dtype import EXPERT_DTYPE_HELP, EXPERT_DTYPES, SAME
 from grokmoe.checkpoint import read_config
 from grokmoe.errors import ConfigError
 from grokmoe.expert_spec import describe_units
@@ -44,7 +44,7 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     model: str = setting(str(DEMO_MODEL), "checkpoint directory; default: the embedded demo model", metavar="DIR")
     variant: str = setting("vllm", "which implementation's numerics to follow", choices=("vllm", "xai"))
     dtype: str = setting("bfloat16", "type to compute in", choices=("float32", "bfloat16"))
-    expert_dtype: str = setting(SAME, "what experts are stored in: as dtype says, or int8", choices=EXPERT_DTYPES)
+    expert_dtype: str = setting(SAME, EXPERT_DTYPE_HELP, choices=EXPERT_DTYPES)
     experts: int = setting(2, "expert worker processes", metavar="N")
     attention: int = setting(1, "attention workers, or pipelines of them", metavar="M")
     tensor_parallel: int = setting(1, "ranks of each attention worker, a process each", metavar="T")
@@ -61,6 +61,10 @@ class UpSettings(SecuritySettings, LogSettings, LimitSettings):
     expert_slices: int = setting(
         1, "cut each expert into so many slices, which workers compute at the same time", metavar="K"
     )
+    attention_device: str = setting(
+        "cpu", "where attention workers compute: cpu, cuda, cuda:N; {} is the worker's number"
+    )
+    expert_device: str = setting("cpu", "the same of expert workers: cuda:{} gives every one a card of its own")
     host: str = setting(DEFAULT_HOST, "host the router serves on")
     port: int = setting(DEFAULT_PORT, "port the router serves on; 0: any free one")
     state: str = setting("", "file to write addresses and process ids to, as JSON", metavar="FILE")
@@ -133,7 +137,12 @@ class Cluster:
         threads = s.threads or _share(s.attention * len(stages) * s.tensor_parallel)
         for index, layers in enumerate(stages * s.attention):
             attention = AttentionWorkerSettings(
-                **worker, **sizes, layers=layers, threads=threads, tensor_parallel=s.tensor_parallel
+                **worker,
+                **sizes,
+                layers=layers,
+                threads=threads,
+                tensor_parallel=s.tensor_parallel,
+                device=s.attention_device.format(index),
             )
             flags = [*to_flags(attention), *self._serve_flags("attention", index)]
             workers.append(RoleProcess("attention", index, "attention_worker", flags, self._say))
@@ -144,6 +153,7 @@ class Cluster:
                 **worker,
                 expert_dtype=s.expert_dtype,
                 experts=describe_units(held),
+                device=s.expert_device.format(index),
                 threads=s.threads or _share(s.experts),
                 max_rows=max(ExpertWorkerSettings.max_rows, most_rows),
             )

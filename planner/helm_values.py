@@ -54,14 +54,8 @@ def helm_values(plan: Plan) -> str:
 
 
 def _comments(plan: Plan) -> list[str]:
-    cluster, forecast = plan.found.cluster, plan.found.forecast
-    waits = []
-    if cluster.expert_dtype == "float8":
-        waits.append("# Waits for: expert-worker --expert-dtype=float8")
-    if cluster.attention.kind == "cuda":
-        waits.append("# Waits for: attention-worker --device=cuda")
+    forecast = plan.found.forecast
     return [
-        *waits,
         f"# Planned: {plan.settings.model}, {forecast.rate:.3g} requests/s, {forecast.output_rate:.4g} tokens/s out.",
         f"# TTFT p99 {forecast.ttft_p99 * 1e3:.0f} ms, TPOT p99 {forecast.tpot_p99 * 1e3:.0f} ms; binding: "
         f"{plan.found.bound.binding}; {price_per_million(plan.found):.2f} per million output tokens.",
@@ -120,7 +114,7 @@ def _pools(plan: Plan, most_rows: int) -> list[dict[str, Any]]:
         if device.kind == "cuda":
             pool["gpu"] = _gpu(device)
         if cluster.expert_dtype == "float8":
-            pool["extraArgs"] = ["--expert-dtype=float8"]
+            pool["settings"]["expert-dtype"] = "fp8_e4m3"
         pools.append(pool)
     return pools
 

@@ -69,6 +69,7 @@ class Setup:
     expert_slices: int = 1
     held: tuple[str, ...] = ()
     """What each expert worker holds, in the words of --experts; empty: spread evenly over `num_experts` of them."""
+    expert_dtype: str = "same"
     deterministic: bool = False
     tensor_parallel: int = 1
 
@@ -113,7 +114,7 @@ async def fused(setup: Setup) -> AsyncIterator[Engine]:
     """All roles by function calls."""
     device = DeviceThread()
     stages = [load_attention(stage, AttentionMetrics(new_registry()), device) for stage in setup.stages]
-    serve = ServeSettings(**setup.common, deterministic=setup.deterministic)
+    serve = ServeSettings(**setup.common, deterministic=setup.deterministic, expert_dtype=setup.expert_dtype)
     experts = load_experts(serve, device, ExpertMetrics(new_registry()))
     link = _join([LocalAttentionLink(stage, describe(stage)) for stage in stages])
     engine = build_engine(load_model(setup.router), setup.router, [link], RouterMetrics(new_registry()), experts)
@@ -187,7 +188,9 @@ def _expert_service(setup: Setup, held: str, device: DeviceThread) -> ExpertServ
         config = checkpoint.config
         table = parse_experts(held, config.num_experts, config.num_layers)
         dtype = getattr(torch, setup.dtype)
-        experts = ExpertSet(config, table, dtype, torch.device("cpu"), setup.deterministic)
+        experts = ExpertSet(
+            config, table, dtype, torch.device("cpu"), setup.deterministic, expert_dtype=setup.expert_dtype
+        )
         device.call(expert_weights.load, experts, checkpoint)
     metrics = ExpertMetrics(new_registry())
     return ExpertService(ExpertEngine(experts, metrics, device), metrics, 8192, lambda: True)

@@ -32,6 +32,7 @@ from expert_worker.kernels.grouped_tiles import (
     TileClass,
     classes_for,
     fixed_class,
+    has_tiles,
     tile_class,
     tile_table,
 )
@@ -66,6 +67,13 @@ def describe(device: torch.device) -> Device:
         return Device(name, "gfx942", num_processors, has_tma=False, has_fp8=True)
     family = "sm_100" if target.arch >= 100 else "sm_90" if target.arch >= 90 else "sm_80"
     return Device(name, family, num_processors, has_tma=target.arch >= 90, has_fp8=target.arch >= 89)
+
+
+def can_compute(device: torch.device, rows: torch.dtype, weights: torch.dtype, rows_in_8_bits: bool) -> bool:
+    """Whether there is a kernel for such rows and weights on a device."""
+    found = describe(device)
+    has_products = found.has_fp8 or not rows_in_8_bits
+    return has_products and has_tiles(found.family, types_of(rows, weights, rows_in_8_bits))
 
 
 def expert_mlp(

@@ -62,6 +62,11 @@ def classes_for(device_name: str, family: str, types: str) -> Classes:
     return parse(table["families"][family][types])
 
 
+def has_tiles(family: str, types: str) -> bool:
+    """Whether there are any for an architecture, see `classes_for`."""
+    return types in _table()["families"][family]
+
+
 def parse(entries: Sequence[Any]) -> Classes:
     """From the form that classes have in the table."""
     return tuple(TileClass(e["rows"], e["swap"], Blocks(*e["gate_up"]), Blocks(*e["down"])) for e in entries)

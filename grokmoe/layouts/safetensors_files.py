@@ -19,6 +19,7 @@ from grokmoe.layouts import names_of_others as naming
 from grokmoe.layouts.layout import Contents
 from grokmoe.layouts.mapped_file import MappedFile, file_error, tensor_error
 from grokmoe.layouts.safetensors_header import object_without_duplicates, read_header
+from grokmoe.layouts.scaled_rows import with_scales
 from grokmoe.layouts.source import JoinedRows, Source, StoredRows
 from grokmoe.model_config import ModelConfig
 
@@ -50,7 +51,7 @@ class SafetensorsFiles:
         if (self.directory / SINGLE_FILE).exists():
             path = self.directory / SINGLE_FILE
             found = _collect({path: _read(path)})
-            return Contents(found, frozenset(found), (path,), f"safetensors, {_title(found)}")
+            return Contents(with_scales(found), frozenset(found), (path,), f"safetensors, {_title(found)}")
         index = read_index(self.directory / INDEX_FILE)
         stored: dict[Path, dict[str, StoredRows]] = {}
         for path in dict.fromkeys(index.values()):
@@ -63,7 +64,8 @@ class SafetensorsFiles:
         found = _collect(stored)
         _compare(found, index, stored)
         known = frozenset(map(naming.canonical, index))
-        return Contents(found, known, tuple(stored), f"safetensors in {len(stored)} files, {_title(found)}")
+        title = f"safetensors in {len(stored)} files, {_title(found)}"
+        return Contents(with_scales(found), known, tuple(stored), title)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,9 @@ from grokmoe.layouts.mapped_file import MappedFile
 TORCH_DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The types a weight may be stored in as it is, by their names in safetensors."""
 
+_ELEMENTS = TORCH_DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
+"""The types that can be read from a file; of those beyond, something else must be said (`scaled_rows`)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
@@ -62,16 +65,22 @@ class StoredRows(Source):
 
     def rows(self, first: int, stop: int, columns: slice | None = None) -> torch.Tensor:
         """See Source. Only the bytes of these rows are mapped, and of columns only their pages read."""
-        assert self.values is not None
-        row_bytes, item = self.num_bytes // self.shape[0], self.values.itemsize
+        element = _ELEMENTS[self.dtype]
+        row_bytes, item = self.num_bytes // self.shape[0], element.itemsize
         of_row = slice(0, row_bytes) if columns is None else slice(columns.start * item, columns.stop * item)
         shape = self.shape[1:] if columns is None else (columns.stop - columns.start,)
-        out = torch.empty(stop - first, *shape, dtype=self.values)
+        out = torch.empty(stop - first, *shape, dtype=element)
         if out.numel():
             stored = self.file.map(self.begin + first * row_bytes, self.begin + stop * row_bytes, self.stored_name)
             into = out.view(-1).view(torch.uint8).numpy().reshape(stop - first, -1)
             into[:] = stored.reshape(stop - first, row_bytes)[:, of_row]  # numpy lets other threads run meanwhile
         return out
+
+    def whole(self) -> torch.Tensor:
+        """All of it; also one without dimensions."""
+        if self.shape:
+            return self.rows(0, self.shape[0])
+        return dataclasses.replace(self, shape=(1,)).rows(0, 1)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,14 +24,14 @@ LARGE = [name for name in PROFILES if profile(name).get("model", {}).get("numLay
 
 
 def weight_bytes(pool: Object) -> int:
-    return 1 if "--expert-dtype=float8" in pool.get("extraArgs", ()) else 2
+    return 1 if pool.get("settings", {}).get("expert-dtype", "").startswith("fp8") else 2
 
 
 def experts_gib(spec: str, bytes_per_weight: int) -> float:
-    """Weights of what a pod holds; of FP8 also a float32 scale per 128 weights."""
+    """Weights of what a pod holds; of FP8 also a float32 scale per output, of which the shortest has 6144 weights."""
     held = parse_experts(spec, GROK1.num_experts, GROK1.num_layers)
     size = sum(map(len, held.values())) * WEIGHTS_PER_EXPERT * bytes_per_weight
-    return size * (1 + 4 / 128 / 4 if bytes_per_weight == 1 else 1) / GIB
+    return size * (1 + 4 / GROK1.hidden_size if bytes_per_weight == 1 else 1) / GIB
 
 
 def rows_gib(pool: Object, experts: Object) -> float:

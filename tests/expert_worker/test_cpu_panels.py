@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from expert_worker.cpu_layers import PackedLayer, PanelLayer
 from expert_worker.kernels import cpu_panels, reference
-from expert_worker.layers import PackedLayer, PanelLayer, new_layer
+from expert_worker.layers import new_layer
 from grokmoe.model_config import TINY, Gelu
 from grokmoe.native import has_dots
 from grokmoe.native.gelu import gelu_erf, gelu_tanh

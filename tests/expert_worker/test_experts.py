@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expert_worker import weights
 from expert_worker.experts import ExpertSet
 from expert_worker.kernels import cpu, reference
-from expert_worker.layers import StackedLayer
+from expert_worker.stacked_layers import StackedLayer
 from grokmoe import packed_linear
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.errors import Cancelled, InvalidRequest

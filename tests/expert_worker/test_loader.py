@@ -25,8 +25,9 @@ from expert_worker import weights
 from expert_worker.cells import Cell, Cells, by_layer, cells_of
 from expert_worker.experts import ExpertCall, ExpertSet
 from expert_worker.kernels import reference
-from expert_worker.layers import LayerWeights, StackedLayer
+from expert_worker.layer import LayerWeights
 from expert_worker.loader import UNLOAD_LINGER, ExpertLoader
+from expert_worker.stacked_layers import StackedLayer
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import CheckpointError, FailedPrecondition, Reason, ResourceExhausted, Unavailable

@@ -19,10 +19,11 @@ from expert_worker.engine import ExpertEngine
 from expert_worker.expert_dtype import INT8, SAME
 from expert_worker.experts import ExpertSet
 from expert_worker.kernels import reference
-from expert_worker.layers import LayerWeights, StackedLayer
+from expert_worker.layer import LayerWeights
 from expert_worker.loader import ExpertLoader
 from expert_worker.mixed_layer import MixedLayer, narrowed, resized
 from expert_worker.service import ExpertService
+from expert_worker.stacked_layers import StackedLayer
 from grokmoe.channel import open_channel
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.errors import ConfigError, FailedPrecondition, InvalidRequest, Reason, ResourceExhausted

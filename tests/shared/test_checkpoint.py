@@ -367,7 +367,7 @@ WRONG_TENSORS = {
     "scalar": (replaced("model.norm.scale", torch.tensor(1.0)), "model.norm.scale", "[16]", "shape []"),
     "integers": (replaced(EXPERT, torch.ones(8, 16, dtype=torch.int8)), EXPERT, "F32 or BF16 or F16", "I8"),
     "doubles": (replaced(EXPERT, torch.ones(8, 16, dtype=torch.float64)), EXPERT, "F32 or BF16 or F16", "F64"),
-    "fp8": (replaced(EXPERT, torch.ones(8, 16).to(torch.float8_e4m3fn)), EXPERT, "F32 or BF16 or F16", "F8_E4M3"),
+    "fp8": (replaced(EXPERT, torch.ones(8, 16).to(torch.float8_e4m3fn)), f"{EXPERT}_scale", "one float", "is F8_E4M3"),
     "surplus layer": (replaced(LAYER_2, torch.ones(16)), LAYER_2, "num_hidden_layers is 2", "tensors of layer 2"),
     "surplus expert": (replaced(EXPERT_3, torch.ones(8, 16)), EXPERT_3, "num_experts is 3", "tensors of expert 3"),
     "two spellings": (replaced("model.norm.weight", torch.ones(16)), "model.norm.", "one tensor", "one more"),
