@@ -39,6 +39,7 @@ class GrpcAttentionLink:
         self.address, self.router_id = address, router_id or new_router_id()
         self._channel = access.open(address)
         self._lanes: dict[int, Stream] = {}
+        self._busy: set[int] = set()
         self._next_step = 0
         self._info: AttentionInfo | None = None
 
@@ -50,6 +51,8 @@ class GrpcAttentionLink:
             attention_pb2.AttentionDescribeRequest(router_id=self.router_id),
             attention_pb2.AttentionDescribeResponse,
         )
+        if self._info is not None and reply.incarnation != self._info.incarnation:
+            self._forget_streams()
         self._info = AttentionInfo(
             config_hash=reply.config_hash,
             incarnation=reply.incarnation,
@@ -66,12 +69,19 @@ class GrpcAttentionLink:
         )
         return self._info
 
+    def _forget_streams(self) -> None:
+        """Those that rest are of a process that has ended: the first step on one of them would take the process that is
+        there now out of use."""
+        for lane in self._lanes.keys() - self._busy:
+            self._lanes.pop(lane).cancel()
+
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         """See AttentionLink."""
         stream = self._lanes.get(lane)
         if stream is None:
             stream = self._lanes[lane] = Stream(self._channel, f"/{SERVICE}/Step")
         self._next_step += 1
+        self._busy.add(lane)
         try:
             return await self._drive(stream, self._next_step, plan, hole, legs)
         except BaseException:
@@ -79,6 +89,8 @@ class GrpcAttentionLink:
             self._lanes.pop(lane, None)
             stream.cancel()
             raise
+        finally:
+            self._busy.discard(lane)
 
     async def _drive(self, stream: Stream, step_id: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         answers = StepAnswers(step_id, plan, self._info)

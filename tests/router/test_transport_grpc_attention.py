@@ -107,6 +107,30 @@ def test_the_reason_of_a_stream_that_ended_while_it_rested(tmp_path: Path) -> No
     asyncio.run(main())
 
 
+def test_a_stream_that_rested_while_its_worker_was_replaced_is_not_used_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        worker = Worker(tmp_path)
+        async with worker:
+            link = GrpcAttentionLink(worker.address)
+            info = await link.describe()
+            for lane in (0, 1):
+                await link.step(lane, _plan(info.incarnation), _Hole(), Legs())
+        async with worker:
+            async with asyncio.timeout(tiny.TIMEOUT):
+                while True:
+                    with contextlib.suppress(Unavailable):
+                        replaced = await link.describe()
+                        break
+                    await asyncio.sleep(0.02)
+            assert replaced.incarnation != info.incarnation
+            for lane in (1, 0):
+                result = await link.step(lane, _plan(replaced.incarnation), _Hole(), Legs())
+                assert len(result.token_ids) == 1
+            await link.close()
+
+    asyncio.run(main())
+
+
 def test_a_router_that_was_killed_is_replaced_in_a_moment(tmp_path: Path) -> None:
     async def main() -> None:
         async with Worker(tmp_path) as worker:
