@@ -23,10 +23,9 @@ from expert_worker.config import ExpertWorkerSettings
 from expert_worker.engine import ExpertEngine
 from expert_worker.experts import ExpertSet
 from expert_worker.service import ExpertService
-from grokmoe.checkpoint import Checkpoint
+from grokmoe.checkpoint import Checkpoint, read_config
 from grokmoe.device_thread import DeviceThread
 from grokmoe.expert_spec import describe_units, parse_experts
-from grokmoe.model_config import ModelConfig
 from grokmoe.server import RoleServer, ServerSettings
 from grokmoe.settings import to_flags
 from grokmoe.telemetry import AttentionMetrics, ExpertMetrics, RouterMetrics, new_registry
@@ -231,7 +230,7 @@ def specs(setup: Setup) -> tuple[str, ...]:
     """What each expert worker holds."""
     if setup.held:
         return setup.held
-    num_experts = ModelConfig.from_file(setup.model).num_experts
+    num_experts = read_config(Path(setup.model))[1].num_experts
     units_W = spread(num_experts, setup.num_experts, setup.expert_replicas, setup.expert_slices)
     return tuple(map(describe_units, units_W))
 

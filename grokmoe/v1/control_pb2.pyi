@@ -153,20 +153,20 @@ class Worker(_message.Message):
     def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., experts: _Optional[_Iterable[int]] = ..., num_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., held: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., loading: _Optional[_Iterable[_Union[_expert_pb2.ExpertRange, _Mapping]]] = ..., rows_per_second: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[PipelineStage, _Mapping]]] = ...) -> None: ...
 
 class ExpertPlacement(_message.Message):
-    __slots__ = ("expert", "workers", "rows", "slice", "num_slices", "layer_rows")
+    __slots__ = ("expert", "workers", "rows", "layer_rows", "slice", "num_slices")
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ROWS_FIELD_NUMBER: _ClassVar[int]
     SLICE_FIELD_NUMBER: _ClassVar[int]
     NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
-    LAYER_ROWS_FIELD_NUMBER: _ClassVar[int]
     expert: int
     workers: _containers.RepeatedScalarFieldContainer[int]
     rows: int
+    layer_rows: _containers.RepeatedScalarFieldContainer[int]
     slice: int
     num_slices: int
-    layer_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, expert: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., slice: _Optional[int] = ..., num_slices: _Optional[int] = ..., layer_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, expert: _Optional[int] = ..., workers: _Optional[_Iterable[int]] = ..., rows: _Optional[int] = ..., layer_rows: _Optional[_Iterable[int]] = ..., slice: _Optional[int] = ..., num_slices: _Optional[int] = ...) -> None: ...
 
 class LegLatency(_message.Message):
     __slots__ = ("leg", "total_seconds", "count")

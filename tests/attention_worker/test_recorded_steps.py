@@ -249,15 +249,27 @@ def test_nan_is_caught() -> None:
     assert result.faulty_chunks == (1,)
 
 
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def bytes_of(count: int) -> int:
+    setup = Setup()
+    decoded(setup, count, 3)
+    assert setup.engine.recorded is not None
+    return setup.engine.recorded.num_bytes
+
+
+def test_programs_make_way_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_steps, "MOST_BYTES", bytes_of(1) + bytes_of(2) - 1)
     setup = Setup()
     decoded(setup, 2, 3)
-    assert setup.engine.recorded is not None
-    monkeypatch.setattr(recorded_steps, "MOST_BYTES", int(setup.engine.recorded.num_bytes * 1.2))
+    assert setup.programs == [2]
     decoded(setup, 1, 3)
     assert setup.programs == [1]
-    decoded(setup, 4, 5)  # larger than all that may be kept
-    assert setup.programs == [1]
+
+
+def test_a_program_larger_than_all_that_may_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_steps, "MOST_BYTES", bytes_of(4) - 1)
+    setup = Setup()
+    decoded(setup, 4, 5)
+    assert not setup.programs
 
 
 def test_runs_are_plain_where_products_are_not_loops() -> None:

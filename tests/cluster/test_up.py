@@ -158,7 +158,7 @@ def test_a_child_that_cannot_start_is_quoted(tmp_path: Path) -> None:
         (("--kv-gib", "-1"), "kv_gib is -1.0"),
         (("--state", "/nowhere/state.json"), "no such folder"),
         (("--placement", "/nowhere.json"), "placement /nowhere.json"),
-        (("--model", "/nowhere"), "/nowhere: no such file"),
+        (("--model", "/nowhere"), "/nowhere/config.json: no such file"),
     ],
 )
 def test_impossible_settings_are_refused(flags: tuple[str, ...], words: str) -> None:
