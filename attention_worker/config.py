@@ -15,6 +15,10 @@ ALL = "all"
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
 
+LORA = "LoRA adapters to load at start, each a folder as PEFT saves it"
+LORA_ROOT = "folder of such folders: adapters that can be loaded by their names while the worker serves"
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionWorkerSettings(ExportSettings):
     """What an attention worker holds and how large it may grow."""
@@ -32,6 +36,9 @@ class AttentionWorkerSettings(ExportSettings):
     )
     num_pages: int = setting(0, "KV pages; 0: as many as fit into --kv-gib")
     max_step_tokens: int = setting(2048, "most tokens in one step; a plan with more is refused")
+    lora: tuple[str, ...] = setting([], LORA, metavar="NAME=DIR,...")
+    lora_root: str = setting("", LORA_ROOT, metavar="DIR")
+    lora_gib: float = setting(1.0, "memory for adapters in GiB, of each rank; one more than fits is refused")
     lease_seconds: float = setting(10.0, "seconds of silence after which another router may take the KV pages")
     tensor_parallel: int = setting(1, "ranks, processes that share out the heads and the vocabulary", metavar="T")
     rank: int = setting(0, "which of the ranks this is; 0 serves, the others do as it does", metavar="R")
@@ -54,7 +61,7 @@ class AttentionWorkerSettings(ExportSettings):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}, must be at least {least}")
-        for name in ("kv_gib", "lease_seconds", "rank_timeout"):
+        for name in ("kv_gib", "lora_gib", "lease_seconds", "rank_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}, must be finite and above 0")

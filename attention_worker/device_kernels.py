@@ -1,6 +1,7 @@
 """What a block computes beside its products, per kind of device: the one place that decides.
 
-Shapes: T tokens, D hidden, H query heads, K KV heads, d head size, X = (H + 2 K) d, P pages, S slots of a page.
+Shapes: T tokens, D hidden, H query heads, K KV heads, d head size, X = (H + 2 K) d, P pages, S slots of a page; I
+inputs and O outputs of a product.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from attention_worker.kernels import reference
+from attention_worker.kernels.low_rank import Projections, Segments
 from attention_worker.layers import Rope, Rotation, rms_norm
 from attention_worker.step_batch import StepBatch
 
@@ -44,6 +46,10 @@ class DeviceKernels(Protocol):
         scale: float,
         cap: float,
     ) -> torch.Tensor: ...
+
+    def add_low_rank(
+        self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: Segments, layer: int, projections: Projections
+    ) -> None: ...
 
 
 class PlainKernels:
@@ -93,6 +99,12 @@ class PlainKernels:
         """See `reference.paged_attention`."""
         return reference.paged_attention(q_THd, k_KPSd, v_KPSd, batch, scale, cap)
 
+    def add_low_rank(
+        self, y_TO: torch.Tensor, x_TI: torch.Tensor, segments: Segments, layer: int, projections: Projections
+    ) -> None:
+        """See `reference.add_low_rank`."""
+        reference.add_low_rank(y_TO, x_TI, segments, layer, projections)
+
 
 class _PagedKernels:
     """What those that are not plain have alike: a module for paged attention and one for the rotary embedding."""
@@ -125,10 +137,15 @@ class CpuKernels(_PagedKernels):
 
     def __init__(self, deterministic: bool = False) -> None:
         """deterministic: see `kernels.cpu`."""
-        from attention_worker.kernels import cpu, cpu_norm, cpu_rotary  # numba is not loaded where it is not used
+        from attention_worker.kernels import (
+            cpu,
+            cpu_lora,
+            cpu_norm,
+            cpu_rotary,
+        )  # numba is loaded only where it is used
 
         self._attention, self._rotary, self._deterministic = cpu, cpu_rotary, deterministic
-        self.norm, self.add_normed = cpu_norm.norm, cpu_norm.add_normed
+        self.norm, self.add_normed, self.add_low_rank = cpu_norm.norm, cpu_norm.add_normed, cpu_lora.add_low_rank
 
     def add_normed_then_norm(
         self,
@@ -149,11 +166,13 @@ class TritonKernels(_PagedKernels):
 
     def __init__(self, deterministic: bool = False) -> None:
         """deterministic: see `kernels.device_tiles`."""
-        from attention_worker.kernels import triton_attention, triton_norm, triton_rotary  # not installed everywhere
+        # Triton is not installed everywhere.
+        from attention_worker.kernels import triton_attention, triton_lora, triton_norm, triton_rotary
 
         self._attention, self._rotary, self._deterministic = triton_attention, triton_rotary, deterministic
         self.norm, self.add_normed = triton_norm.norm, triton_norm.add_normed
         self.add_normed_then_norm = triton_norm.add_normed_then_norm
+        self.add_low_rank = triton_lora.add_low_rank
 
 
 def select_kernels(device: torch.device | str, deterministic: bool = False) -> DeviceKernels:

@@ -14,17 +14,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from attention_worker.faulty_chunks import faulty_chunks, faulty_rows
 from attention_worker.kv_cache import KVCache
 from attention_worker.lease import new_incarnation
 from attention_worker.logit_rows import LogitRows
+from attention_worker.lora.step import StepAdapters, step_adapters
+from attention_worker.lora.store import AdapterStore
 from attention_worker.model import Forward, Model
-from attention_worker.plan_check import PlanCheck
+from attention_worker.plan_check import PlanCheck, no_adapter
 from attention_worker.recorded_steps import Fill, RecordedSteps, can_be_recorded
 from attention_worker.sharding import WHOLE, Sharding, most_kv_heads
 from attention_worker.stages import StageClock, no_time
 from attention_worker.step_batch import StepBatch
-from attention_worker.step_output import step_result
+from attention_worker.step_end import end_step
 from attention_worker.weights import AttentionWeights
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import InvalidRequest
@@ -77,15 +78,17 @@ class StepRun:
         forward: Forward,
         plan: StepPlan,
         rows: LogitRows | None,
+        adapters: StepAdapters | None,
         first_layer: int,
         metrics: AttentionMetrics,
         clock: StageClock,
         recording: _StepRecording | None = None,
     ) -> None:
-        """rows: what the logits are of; None: the forward ends with the residual. recording: None: a step that is not
-        to be recorded."""
+        """rows: what the logits are of; None: the forward ends with the residual. adapters: None: no chunk has one.
+        recording: None: a step that is not to be recorded."""
         self._recording = recording
         self._forward, self._plan, self._rows, self._metrics = forward, plan, rows, metrics
+        self._vocab_sizes_C = adapters.vocab_sizes_C if adapters is not None and adapters.adds_tokens else None
         self._clock, self.stages_ns = clock, no_time()
         self._layer = first_layer - 1
         self._x_TD: torch.Tensor | None = None
@@ -144,7 +147,7 @@ class StepRun:
         """last: what the forward has returned."""
         chunks = self._plan.chunks
         assert self._x_TD is not None
-        result = _result(chunks, self._rows, self._x_TD, last)
+        result = end_step(chunks, self._rows, self._x_TD, last, self._vocab_sizes_C)
         if result.faulty_chunks:
             logger.error("%d of %d chunks of a step are not finite", len(result.faulty_chunks), len(chunks))
         self._clock.lap("sample")
@@ -158,20 +161,6 @@ class StepRun:
     def close(self) -> None:
         """Drops the step and the memory it holds."""
         self._forward.close()
-
-
-def _result(
-    chunks: Sequence[SequenceChunk], rows: LogitRows | None, x_TD: torch.Tensor, last: torch.Tensor
-) -> StepResult:
-    """rows: what the logits are of; None: there is no head here. x_TD: the last MoE input. last: what the forward has
-    returned, logits or the residual."""
-    if rows is None:
-        return StepResult((), hidden_state=last, faulty_chunks=faulty_chunks(chunks, last))
-    faulty = faulty_chunks(chunks, x_TD, rows.step_rows_R, last)
-    if faulty:
-        last = last.clone()
-        last[faulty_rows(last)] = 0.0  # nobody looks at them, but what is computed of them must be defined
-    return dataclasses.replace(step_result(chunks, rows, last), faulty_chunks=faulty)
 
 
 Lead = Callable[[StepPlan, Forward], Forward]
@@ -198,8 +187,10 @@ class AttentionEngine:
         device: DeviceThread,
         sharding: Sharding = WHOLE,
         lead: Lead = _alone,
+        adapters: AdapterStore | None = None,
     ) -> None:
-        """sharding: for more than one rank; lead: for the first of them."""
+        """sharding: for more than one rank; lead: for the first of them. adapters: those that plans may name; None:
+        there will be none."""
         self.config, self.settings, self.device = config, settings, device
         self.num_ranks = weights.shard.size
         self.dtype, self.torch_device, self.held = weights.dtype, weights.device, weights.held
@@ -220,8 +211,15 @@ class AttentionEngine:
         if self._model.can_be_recorded and not settings.enforce_eager:
             max_pages = -(-config.context_length // settings.page_size)
             self.recorded = RecordedSteps(self._model, max_pages, self.held.start)
+        self.adapters = adapters
         self._check = PlanCheck(
-            config, self.held, new_incarnation(), settings.num_pages, settings.page_size, settings.max_step_tokens
+            config,
+            self.held,
+            new_incarnation(),
+            settings.num_pages,
+            settings.page_size,
+            settings.max_step_tokens,
+            no_adapter if adapters is None else lambda id_: adapters.find(id_).info.num_added_tokens,
         )
 
     @torch.inference_mode()
@@ -240,13 +238,13 @@ class AttentionEngine:
         if self.held.start:
             hidden_TD = torch.zeros(sum(len(chunk.token_ids) for chunk in chunks), self.config.hidden_size)
         plan = StepPlan(self.incarnation, chunks, hidden_TD)
-        forward = self._lead(plan, self._forward(plan, self._batch(plan), rows))
+        forward = self._lead(plan, self._forward(plan, self._batch(plan), rows, None))
         x_TD = next(forward)
         try:
             while True:
                 x_TD = forward.send(x_TD)
         except StopIteration as end:
-            _result(chunks, rows, x_TD, end.value)
+            end_step(chunks, rows, x_TD, end.value)
 
     @property
     def incarnation(self) -> str:
@@ -272,12 +270,14 @@ class AttentionEngine:
             self.metrics.steps.labels("refused").inc()
             raise
         rows, batch = self._logit_rows(plan.chunks), self._batch(plan)
-        forward = self._lead(plan, self._forward(plan, batch, rows))
+        adapters = self._adapters_of(plan.chunks, rows)
+        forward = self._lead(plan, self._forward(plan, batch, rows, adapters))
         recording = None
-        if self.recorded is not None and can_be_recorded(plan.chunks):
+        # Which rows have which adapter changes from step to step: a step with any is computed loop by loop.
+        if self.recorded is not None and adapters is None and can_be_recorded(plan.chunks):
             batch.check_pages(self.settings.num_pages)
             recording = _StepRecording(self.recorded, batch)
-        return StepRun(forward, plan, rows, self.held.start, self.metrics, self._model.clock, recording)
+        return StepRun(forward, plan, rows, adapters, self.held.start, self.metrics, self._model.clock, recording)
 
     def _logit_rows(self, chunks: Sequence[SequenceChunk]) -> LogitRows | None:
         """None where the head is another stage's, and with it whatever is asked for of the logits."""
@@ -285,14 +285,24 @@ class AttentionEngine:
 
     def forward(self, plan: StepPlan) -> Forward:
         """This rank's part of a step whose plan another one has validated."""
-        return self._forward(plan, self._batch(plan), self._logit_rows(plan.chunks))
+        rows = self._logit_rows(plan.chunks)
+        return self._forward(plan, self._batch(plan), rows, self._adapters_of(plan.chunks, rows))
 
     def _batch(self, plan: StepPlan) -> StepBatch:
         return StepBatch.build(plan.chunks, self.settings.page_size)
 
-    def _forward(self, plan: StepPlan, batch: StepBatch, rows: LogitRows | None) -> Forward:
+    def _adapters_of(self, chunks: Sequence[SequenceChunk], rows: LogitRows | None) -> StepAdapters | None:
+        store = self.adapters
+        if store is None or not any(chunk.adapter for chunk in chunks):
+            return None
+        adapters_C = [store.find(chunk.adapter) if chunk.adapter else None for chunk in chunks]
+        return step_adapters(chunks, adapters_C, () if rows is None else rows.step_rows_R, self.config.vocab_size)
+
+    def _forward(
+        self, plan: StepPlan, batch: StepBatch, rows: LogitRows | None, adapters: StepAdapters | None
+    ) -> Forward:
         step_rows_R = torch.tensor(() if rows is None else rows.step_rows_R, dtype=torch.int64)
-        return self._model.forward(batch, step_rows_R, plan.hidden_state)
+        return self._model.forward(batch, step_rows_R, plan.hidden_state, adapters)
 
 
 def num_pages_in(

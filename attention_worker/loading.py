@@ -11,6 +11,9 @@ import torch
 
 from attention_worker.config import AttentionWorkerSettings, parse_layers
 from attention_worker.engine import AttentionEngine, AttentionEngineSettings, num_pages_in
+from attention_worker.lora.adapter import Base
+from attention_worker.lora.sources import AdapterSources
+from attention_worker.lora.store import AdapterStore
 from attention_worker.ranks.meeting import Meeting
 from attention_worker.sharding import Shard
 from attention_worker.weights import AttentionWeights, load_weights, row_counts
@@ -18,6 +21,7 @@ from grokmoe import checkpoint_part
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
 from grokmoe.errors import ConfigError
+from grokmoe.linear import Linear, new_linear
 from grokmoe.model_config import ModelConfig
 from grokmoe.native import has_dots
 from grokmoe.telemetry import AttentionMetrics
@@ -59,9 +63,32 @@ def _load(
     torch.set_num_threads(num_threads)
     config, weights, sizes = load_part(settings)
     sizes = dataclasses.replace(sizes, enforce_eager=enforce_eager)
-    engine = AttentionEngine(config, weights, sizes, metrics, device)
+    store = adapter_store(settings, config, weights, metrics, device)
+    store.load_named()
+    engine = AttentionEngine(config, weights, sizes, metrics, device, adapters=store)
     engine.warm_up()
     return engine
+
+
+def adapter_store(
+    settings: AttentionWorkerSettings,
+    config: ModelConfig,
+    weights: AttentionWeights,
+    metrics: AttentionMetrics,
+    device: DeviceThread,
+) -> AdapterStore:
+    """Where the adapters that the operator has named are, empty. Raises ConfigError."""
+
+    def read(name: str) -> torch.Tensor:
+        with Checkpoint.open(settings.model, settings.variant) as checkpoint:
+            return checkpoint.read(name, weights.dtype)
+
+    def make_linear(rows_XD: torch.Tensor) -> Linear:
+        return new_linear(rows_XD, settings.deterministic)
+
+    base = Base(config, weights.held, weights.shard, weights.dtype, weights.device, read, make_linear)
+    sources = AdapterSources.from_flags(settings.lora, settings.lora_root)
+    return AdapterStore(base, sources, int(settings.lora_gib * 2**30), metrics, device)
 
 
 def load_part(settings: AttentionWorkerSettings, meeting: Meeting | None = None) -> Part:

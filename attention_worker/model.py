@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import torch
+from torch.nn import functional
 
 from attention_worker.device_kernels import select_kernels
+from attention_worker.kernels.low_rank import OUT, QKV, Projections
 from attention_worker.kv_cache import KVCache
 from attention_worker.layers import Rope, Rotation
-from attention_worker.row_passes import scaled, times
+from attention_worker.lora.step import StepAdapters
+from attention_worker.row_passes import rows_of, scaled, times
 from attention_worker.sharding import WHOLE, Sharding
 from attention_worker.stages import StageClock
 from attention_worker.step_batch import StepBatch
@@ -57,18 +60,26 @@ class Model:
         is_here = self._device.type == "cpu" and weights.shard.size == 1  # what other ranks send is no loop
         return is_here and all(product.is_loops for product in (*products, weights.head))
 
-    def forward(self, batch: StepBatch, logit_rows_R: torch.Tensor, hidden_TD: torch.Tensor | None = None) -> Forward:
+    def forward(
+        self,
+        batch: StepBatch,
+        logit_rows_R: torch.Tensor,
+        hidden_TD: torch.Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Forward:
         """One step. logit_rows_R: rows of the step whose logits are wanted; there may be none.
 
         hidden_TD: the residual after the layers before, float32, where these are another worker's; not written to.
+        adapters: of its rows; None: none has one.
         """
         batch.check_pages(self._cache.num_pages)
         batch = batch.to(self._device)
-        h_TD = self._embed(batch.token_ids_T) if hidden_TD is None else hidden_TD.to(self._device, copy=True)
+        is_first = hidden_TD is None
+        h_TD = self._embed(batch.token_ids_T, adapters) if is_first else hidden_TD.to(self._device, copy=True)
         rotation = self._rope.angles(batch.positions_T)
         self.clock.lap("embed")
         for index, layer in enumerate(self._weights.layers):
-            y_TD = self._attend(index, layer, self._norm(h_TD, layer.pre_attn_norm_D), rotation, batch)
+            y_TD = self._attend(index, layer, self._norm(h_TD, layer.pre_attn_norm_D), rotation, batch, adapters)
             x_TD = self._add_then_norm(h_TD, y_TD, layer.post_attn_norm_D, layer.pre_moe_norm_D)
             moe_TD = yield x_TD.to(_HOLE)
             self._add(h_TD, moe_TD.to(self._device), layer.post_moe_norm_D)
@@ -76,7 +87,7 @@ class Model:
             return h_TD.to(_HOLE)
         if len(logit_rows_R) < len(h_TD):  # else they are all of them
             h_TD = h_TD.index_select(0, logit_rows_R.to(self._device))
-        return self._logits(h_TD)
+        return self._logits(h_TD, adapters)
 
     def _norm(self, h_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
         """From the residual to the input of a block, in the model's type."""
@@ -98,28 +109,56 @@ class Model:
         self.clock.lap("norm")
         return x_TD
 
-    def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+    def _embed(self, token_ids_T: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor:
         """The residual stream starts here. It is float32 in every mode, from one stage to the next as well: rounding it
         to bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
         embedding_VD = self._weights.embedding_VD
         assert embedding_VD is not None, "checked: only a plan for the first layer comes without a hidden state"
-        return self._sharding.embed(embedding_VD, token_ids_T, self._config.embedding_multiplier)
+        read, factor = adapters.read if adapters else (), self._config.embedding_multiplier
+        if read:
+            token_ids_T = token_ids_T.clamp(max=self._config.vocab_size - 1)
+        h_TD = self._sharding.embed(embedding_VD, token_ids_T, factor)
+        for each in read:
+            added_ND = rows_of(each.rows_XD, each.ids_N.to(self._device), factor)
+            h_TD.index_copy_(0, each.rows_N.to(self._device), added_ND)
+        return h_TD
 
     def _attend(
-        self, index: int, layer: LayerWeights, x_TD: torch.Tensor, rotation: Rotation, batch: StepBatch
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_TD: torch.Tensor,
+        rotation: Rotation,
+        batch: StepBatch,
+        adapters: StepAdapters | None,
     ) -> torch.Tensor:
         """Attention block: projections, rotary embedding, pages, output projection."""
         config, k_KPSd, v_KPSd = self._config, self._cache.k_KPSd[index], self._cache.v_KPSd[index]
-        qkv_TQ = layer.qkv(x_TD)
+        qkv_TQ = self._correct(layer.qkv(x_TD), x_TD, index, QKV, adapters)
         self.clock.lap("qkv")
         q_THd = self._kernels.rotate_and_store(qkv_TQ, rotation, k_KPSd, v_KPSd, batch)
         out_THd = self._over_pages(q_THd, k_KPSd, v_KPSd, batch)
         self.clock.lap("attention")
-        out_TD = self._sharding.sum(layer.o_proj(out_THd.flatten(1)), self._weights.dtype)
+        out_TQ = out_THd.flatten(1)
+        part_TD = self._correct(layer.o_proj(out_TQ), out_TQ, index, OUT, adapters)
+        out_TD = self._sharding.sum(part_TD, self._weights.dtype)
         if config.attention_output_scale != 1.0:
             out_TD = times(out_TD, config.attention_output_scale)
         self.clock.lap("out")
         return out_TD
+
+    def _correct(
+        self,
+        y_TO: torch.Tensor,
+        x_TI: torch.Tensor,
+        index: int,
+        projections: Projections,
+        adapters: StepAdapters | None,
+    ) -> torch.Tensor:
+        """The product y of x, corrected in place for the rows that have an adapter."""
+        if adapters is not None:
+            self._kernels.add_low_rank(y_TO, x_TI, adapters.segments, index, projections)
+        return y_TO
 
     def _over_pages(
         self, q_THd: torch.Tensor, k_KPSd: torch.Tensor, v_KPSd: torch.Tensor, batch: StepBatch
@@ -133,12 +172,20 @@ class Model:
             parts.append(self._kernels.attend(q_part, k_part, v_part, batch, scale, cap))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _logits(self, h_RD: torch.Tensor) -> torch.Tensor:
+    def _logits(self, h_RD: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor:
+        """With added tokens, rows are as long as the longest; what a row does not have is minus infinity."""
         final_norm_D, head = self._weights.final_norm_D, self._weights.head
         assert final_norm_D is not None
         assert head is not None
-        part_RV = head(self._norm(h_RD, final_norm_D))
-        logits_RV = scaled(self._sharding.join(part_RV), self._config.output_multiplier)
+        x_RD = self._norm(h_RD, final_norm_D)
+        logits_RV = scaled(self._sharding.join(head(x_RD)), self._config.output_multiplier)
+        if adapters is not None and adapters.adds_tokens:
+            num_own = logits_RV.shape[1]
+            logits_RV = functional.pad(logits_RV, (0, max(adapters.vocab_sizes_C) - num_own), value=float("-inf"))
+            for each in adapters.drawn:
+                rows_N = each.rows_N.to(self._device)
+                added_NX = scaled(each.head(x_RD.index_select(0, rows_N)), self._config.output_multiplier)
+                logits_RV.narrow(1, num_own, added_NX.shape[1]).index_copy_(0, rows_N, added_NX)
         self.clock.lap("head")
         return logits_RV
 

@@ -5,6 +5,7 @@ and leaves the cache as it was.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,11 @@ MAX_TOP_BYTES = 32 * 2**20
 """Most likely tokens and their log-probabilities in one result: they travel in one message."""
 
 
+def no_adapter(adapter_id: str) -> int:
+    """What a worker says that has no adapters."""
+    raise FailedPrecondition(f"adapter {adapter_id} is not loaded here", reason=Reason.ADAPTER_NOT_LOADED)
+
+
 class PlanCheck:
     """The limits of one attention worker.
 
@@ -24,15 +30,23 @@ class PlanCheck:
     """
 
     def __init__(
-        self, config: ModelConfig, held: range, incarnation: str, num_pages: int, page_size: int, max_step_tokens: int
+        self,
+        config: ModelConfig,
+        held: range,
+        incarnation: str,
+        num_pages: int,
+        page_size: int,
+        max_step_tokens: int,
+        num_added_tokens: Callable[[str], int] = no_adapter,
     ) -> None:
-        """held: the layers."""
+        """held: the layers. num_added_tokens: of the adapter of an id; raises FailedPrecondition if it is not here."""
         self.incarnation = incarnation
-        self._config, self._held = config, held
+        self._config, self._held, self._num_added_tokens = config, held, num_added_tokens
         self._num_pages, self._page_size, self._max_step_tokens = num_pages, page_size, max_step_tokens
 
     def check(self, plan: StepPlan) -> None:
-        """Raises FailedPrecondition for another incarnation, InvalidRequest naming field, value and limit."""
+        """Raises FailedPrecondition for another incarnation or an adapter that is not loaded, InvalidRequest naming
+        field, value and limit."""
         self.check_incarnation(plan.incarnation)
         if not plan.chunks:
             raise InvalidRequest("plan.chunks", "is empty")
@@ -41,10 +55,13 @@ class PlanCheck:
             raise InvalidRequest("plan.chunks", f"hold {num_tokens} tokens, limit is {self._max_step_tokens}")
         self._check_hidden_state(plan.hidden_state, num_tokens)
         written: set[int] = set()
-        top_bytes, vocab_size = 0, self._config.vocab_size
+        top_bytes = 0
         for index, chunk in enumerate(plan.chunks):
             field = f"plan.chunks[{index}]"
-            self._check_chunk(field, chunk)
+            vocab_size = self._config.vocab_size
+            if chunk.adapter:
+                vocab_size += self._num_added_tokens(chunk.adapter)
+            self._check_chunk(field, chunk, vocab_size)
             if chunk.sampling is not None:
                 check_sampling(f"{field}.sampling", chunk.sampling, vocab_size)
             if chunk.scoring is not None:
@@ -81,14 +98,13 @@ class PlanCheck:
                 f"hidden state is {hidden_TD.dtype} {list(hidden_TD.shape)}, must be float32 {list(expected)}",
             )
 
-    def _check_chunk(self, field: str, chunk: SequenceChunk) -> None:
+    def _check_chunk(self, field: str, chunk: SequenceChunk, vocab_size: int) -> None:
         if not chunk.token_ids:
             raise InvalidRequest(f"{field}.token_ids", "is empty")
         largest = max(chunk.token_ids)
-        if largest >= self._config.vocab_size or min(chunk.token_ids) < 0:
+        if largest >= vocab_size or min(chunk.token_ids) < 0:
             raise InvalidRequest(
-                f"{field}.token_ids",
-                f"holds {largest}, must be below the vocabulary size {self._config.vocab_size}",
+                f"{field}.token_ids", f"holds {largest}, must be below the vocabulary size {vocab_size}"
             )
         end = chunk.start + len(chunk.token_ids)
         if chunk.start < 0 or end > self._config.context_length:

@@ -11,9 +11,11 @@ import grpc
 
 from attention_worker.engine import AttentionEngine, MoeInput, StepRun
 from attention_worker.lease import Lease
+from attention_worker.lora.store import AdapterStore
 from attention_worker.step_trace import StepTrace
 from grokmoe import tensors
 from grokmoe.access import Scope
+from grokmoe.adapter_codec import adapter_to_proto
 from grokmoe.errors import Code, FailedPrecondition, InvalidRequest, Reason, Unavailable
 from grokmoe.logs import about
 from grokmoe.plan_codec import plan_from_proto, result_to_proto
@@ -47,7 +49,15 @@ class AttentionService:
     def as_service(self) -> Service:
         """What a server registers."""
         describe = unary(self.Describe, attention_pb2.AttentionDescribeRequest, attention_pb2.AttentionDescribeResponse)
-        handlers = {"Describe": describe, "Step": raw_stream(self.Step)}
+        pb = attention_pb2
+        handlers = {
+            "Describe": describe,
+            "Step": raw_stream(self.Step),
+            "LoadAdapter": unary(self.LoadAdapter, pb.AttentionLoadAdapterRequest, pb.AttentionLoadAdapterResponse),
+            "UnloadAdapter": unary(
+                self.UnloadAdapter, pb.AttentionUnloadAdapterRequest, pb.AttentionUnloadAdapterResponse
+            ),
+        }
         return Service(SERVICE, handlers, drain=self.drain, scope=Scope.CLUSTER)
 
     def drain(self) -> None:
@@ -75,6 +85,7 @@ class AttentionService:
             device=str(engine.torch_device),
             draining=self._is_draining,
             tensor_parallel=engine.num_ranks,
+            adapters=map(adapter_to_proto, engine.adapters.loaded if engine.adapters is not None else ()),
         )
 
     def _claim(self, router_id: str) -> str:
@@ -85,6 +96,27 @@ class AttentionService:
         if incarnation != self._engine.incarnation:
             self._engine.change_incarnation(incarnation)
         return incarnation
+
+    async def LoadAdapter(
+        self, request: attention_pb2.AttentionLoadAdapterRequest, context: Any
+    ) -> attention_pb2.AttentionLoadAdapterResponse:
+        """Has an adapter, too, from now on. The lease does not matter: it changes nothing that is there."""
+        if self._is_draining:
+            raise _ending()
+        adapter = adapter_to_proto(await self._adapters().load(request.name))
+        return attention_pb2.AttentionLoadAdapterResponse(adapter=adapter)
+
+    async def UnloadAdapter(
+        self, request: attention_pb2.AttentionUnloadAdapterRequest, context: Any
+    ) -> attention_pb2.AttentionUnloadAdapterResponse:
+        """Forgets an adapter."""
+        self._adapters().unload(request.adapter_id)
+        return attention_pb2.AttentionUnloadAdapterResponse()
+
+    def _adapters(self) -> AdapterStore:
+        if self._engine.adapters is None:
+            raise FailedPrecondition("this worker takes no adapters")
+        return self._engine.adapters
 
     async def Step(self, requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """One lane of steps. A step that fails is answered with a Failure; the lane goes on.

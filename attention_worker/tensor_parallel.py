@@ -49,6 +49,8 @@ def leading(
     """
     if not settings.model:
         raise ConfigError("model is missing: the directory of a checkpoint")
+    if settings.lora or settings.lora_root:
+        raise ConfigError("lora: a worker of several ranks takes no adapters")
     # Before there is anything to end.
     Shard.of(read_config(Path(settings.model), settings.variant)[1], 0, settings.tensor_parallel)
     with contextlib.ExitStack() as stack:

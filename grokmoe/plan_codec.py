@@ -43,6 +43,7 @@ def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
             sampling=None if chunk.sampling is None else _sampling_to_proto(chunk.sampling),
             logits=chunk.logits.value,
             scoring=scoring,
+            adapter_id=chunk.adapter,
         )
     return proto
 
@@ -91,6 +92,7 @@ def plan_from_proto(proto: attention_pb2.StepPlan, hidden_state: Any = None) -> 
                 _sampling_from_proto(chunk.sampling) if chunk.HasField("sampling") else None,
                 scope,
                 scoring,
+                chunk.adapter_id,
             )
         )
     return StepPlan(proto.incarnation, tuple(chunks), hidden_state, tuple(proto.traceparents))

@@ -99,6 +99,7 @@ class SequenceChunk:
     page_ids: pages of positions 0 .. start + len(token_ids) - 1.
     sampling: set when the last token's successor is wanted.
     scoring: set when given tokens are to be judged.
+    adapter: id of the adapter that computes it; empty: none does.
     """
 
     token_ids: tuple[int, ...]
@@ -107,6 +108,7 @@ class SequenceChunk:
     sampling: TokenSampling | None = None
     logits: LogitsScope = LogitsScope.NONE
     scoring: TokenScoring | None = None
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ class StepResult:
 
     token_ids: one per chunk with sampling, in order.
     logits: what was asked for over the whole vocabulary: float32 tensor [rows, vocab], or None. In the order of the
-        chunks, and of each chunk: its logits, the log-probabilities of its scoring, those of its drawn token.
+        chunks, and of each chunk: its logits, the log-probabilities of its scoring, those of its drawn token. Where an
+        adapter adds tokens, vocab is the largest of any chunk, and what a row does not have is minus infinity.
     logprobs: in the order of the chunks; of each the table of its scoring, then the one of its drawn token.
     faulty_chunks: chunks, by their place in the plan, that came out as something that is not finite. Nothing that was
         computed of them, keys and values included, may be used.

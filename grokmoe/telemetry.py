@@ -207,6 +207,8 @@ class AttentionMetrics:
             registry=registry,
         )
         self.kv_bytes = Gauge("grokmoe_attention_kv_bytes", "Memory of the KV cache.", registry=registry)
+        self.adapters = Gauge("grokmoe_attention_adapters", "LoRA adapters that are loaded.", registry=registry)
+        self.adapter_bytes = Gauge("grokmoe_attention_adapter_bytes", "Memory of their weights.", registry=registry)
         self.queue = Gauge("grokmoe_attention_queue", "Tasks that wait for the device.", registry=registry)
 
 

@@ -51,7 +51,7 @@ class CellSettings:
 class AttentionMember(abc.ABC):
     """A worker's link, its last description and its state.
 
-    info: None before it has joined.
+    info: None before it has joined. adapter_ids: the LoRA adapters that it has.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class AttentionMember(abc.ABC):
         self.index, self.link, self.care = index, link, care
         self.state = WorkerState.JOINING
         self.info: AttentionInfo | None = None
+        self.adapter_ids: set[str] = set()
         self._config, self._dtype = config, dtype
         self._prober = Prober(self.connect, care.probe, lambda: None, self.name, self._is_dead)
         self._heart: asyncio.Task[None] | None = None
@@ -71,7 +72,7 @@ class AttentionMember(abc.ABC):
         return f"attention worker {self.index} at {self.link.address}"
 
     async def connect(self) -> None:
-        """Asks the worker what it is and takes it in, with empty pages.
+        """Asks the worker what it is and takes it in, with empty pages and the adapters there are.
 
         Raises Unavailable when it cannot be reached yet, is about to end, or another router has it; ConfigError when it
         serves another model.
@@ -93,7 +94,9 @@ class AttentionMember(abc.ABC):
             raise ConfigError(f"{self.name} holds layers {info.layer_begin}-{info.layer_end - 1}, not all of 0-{last}")
         if info.is_draining:
             raise Unavailable(f"{self.name} is about to end", reason=Reason.SHUTTING_DOWN)
+        info = await self._bring_adapters(info)
         self._num_misses = 0
+        self.adapter_ids = {adapter.id for adapter in info.adapters}
         self._adopt(info)
         if self._heart is None:
             self._heart = asyncio.create_task(self._beat(), name=f"heart {self.name}")
@@ -144,6 +147,10 @@ class AttentionMember(abc.ABC):
                 self._lose(known, Unavailable("it has another incarnation", reason=Reason.WRONG_INCARNATION))
             elif found.is_draining:
                 self.drain()
+
+    @abc.abstractmethod
+    async def _bring_adapters(self, info: AttentionInfo) -> AttentionInfo:
+        """Before the worker is taken in, it gets the adapters there are. Raises Unavailable when it is lost."""
 
     @abc.abstractmethod
     def _has_other(self) -> bool:

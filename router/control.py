@@ -1,10 +1,11 @@
-"""grokmoe.v1.Control: the cluster's state, ending requests of others, moving experts."""
+"""grokmoe.v1.Control: the cluster's state, ending requests of others, moving experts, loading adapters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from grokmoe.access import Scope
+from grokmoe.adapter_codec import adapter_to_proto
 from grokmoe.errors import FailedPrecondition, InvalidRequest
 from grokmoe.server import Service, unary
 from grokmoe.v1 import control_pb2 as pb
@@ -32,6 +33,9 @@ class ControlService:
                 "RebalanceExperts": unary(
                     self.RebalanceExperts, pb.RebalanceExpertsRequest, pb.RebalanceExpertsResponse
                 ),
+                "ListAdapters": unary(self.ListAdapters, pb.ListAdaptersRequest, pb.ListAdaptersResponse),
+                "LoadAdapter": unary(self.LoadAdapter, pb.LoadAdapterRequest, pb.LoadAdapterResponse),
+                "UnloadAdapter": unary(self.UnloadAdapter, pb.UnloadAdapterRequest, pb.UnloadAdapterResponse),
             },
             scope=Scope.CONTROL,
         )
@@ -70,6 +74,18 @@ class ControlService:
             done=found.done,
             reason=found.reason,
         )
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
+        """The adapters there are, and their use."""
+        return status.adapters(self._engine)
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
+        """One more, or another content under its name."""
+        return pb.LoadAdapterResponse(adapter=adapter_to_proto(await self._engine.adapters.load(request.name)))
+
+    async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.UnloadAdapterResponse:
+        """Takes one out."""
+        return pb.UnloadAdapterResponse(drain_seconds=await self._engine.adapters.unload(request.name))
 
     def _pool(self) -> ExpertPool:
         if self._engine.pool is None:

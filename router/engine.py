@@ -17,6 +17,7 @@ import torch
 from grokmoe.errors import ConfigError, GrokmoeError
 from grokmoe.model_config import ModelConfig
 from grokmoe.telemetry import RouterMetrics
+from router.adapters import Adapters
 from router.admission import Admission, AdmissionSettings, CallContext
 from router.attention_member import CellSettings
 from router.cell import AttentionCell, CellHooks, MakeHole
@@ -94,7 +95,8 @@ class Engine:
             lambda *args: self._intake.fail(*args),
             self._tell_serving,
         )
-        self._intake = Intake(settings.admission, self._register, self._fleet)
+        self.adapters = Adapters(lambda: self.cells)
+        self._intake = Intake(settings.admission, self._register, self._fleet, self.adapters)
         self._num_cells_ever = self._num_lanes_ever = 0
         self._was_serving = False
         self._checking: asyncio.Task[None] | None = None
@@ -123,6 +125,8 @@ class Engine:
             sequences=lambda: self._register.sequences_of(cell),
             others=lambda: self._fleet.others(cell),
             changed=lambda: self._fleet.cell_changed(cell),
+            bring=lambda info: self.adapters.bring(link, info),
+            adopted=lambda: self.adapters.adopted(cell),
         )
         scheduler = dataclasses.replace(self.settings.scheduler, num_lanes=num_lanes)
         care = self.settings.care
@@ -165,6 +169,7 @@ class Engine:
                 connect = _bind(self.pool, member)
                 joins.append(Join(f"expert worker {member.index}", member.link.address, connect))
         await join_all(joins, self.settings.join_timeout, progress)
+        await self.adapters.settle()
         if self.pool is not None:
             self.pool.place()
             self.pool.check_rows(max(cell.scheduler.settings.max_step_tokens for cell in self.cells))
@@ -232,6 +237,7 @@ class Engine:
             self._checking.cancel()
         self._fleet.stop_leaving()
         self._intake.fail_all()
+        await self.adapters.close()
         await self._fleet.close()
         if self.pool is not None:
             await self.pool.close()
@@ -253,6 +259,7 @@ class Engine:
         for cell in self.cells:
             cell.check_books()
         self._register.check(self.cells)
+        self.adapters.table.check(self._register.num_with_adapter)
         assert self._register.num_sequences == self.num_running + self.num_waiting, "orphan request"
 
     async def _check_when_idle(self) -> None:

@@ -15,6 +15,7 @@ from grokmoe.errors import GrokmoeError, Reason, Unavailable
 from router.cell import AttentionCell
 from router.fault_counters import FaultCounters
 from router.register import Register
+from router.request import Request
 from router.sequence import Sequence
 from router.step_pace import Pace
 from router.worker_state import WorkerState
@@ -95,14 +96,23 @@ class Fleet:
     def _usable(self) -> list[AttentionCell]:
         return [cell for cell in self.cells if cell.state is WorkerState.READY and cell not in self._leaving]
 
-    def least_loaded(self) -> AttentionCell:
-        """The best place for one sequence more. Raises Unavailable while no worker has ever been there."""
+    def least_loaded(self, request: Request) -> AttentionCell:
+        """The best place for one sequence more of a request.
+
+        Raises Unavailable while no worker has ever been there, or none has the request's adapter.
+        """
         joined = [cell for cell in self.cells if cell.info is not None]
-        ready = [cell for cell in joined if cell.state is WorkerState.READY]
-        # Who is about to leave is used only if there is nobody else, who is lost only to wait in.
-        usable = self._usable() or ready or [cell for cell in joined if cell not in self._leaving] or joined
-        if not usable:
+        if not joined:
             raise Unavailable("no attention worker has joined yet", reason=Reason.WORKER_UNAVAILABLE)
+        fitting = [cell for cell in joined if cell.can_compute(request)]
+        ready = [cell for cell in fitting if cell.state is WorkerState.READY]
+        staying = [cell for cell in fitting if cell not in self._leaving]
+        # Who is about to leave is used only if there is nobody else, who is lost only to wait in.
+        usable = [cell for cell in ready if cell in staying] or ready or staying or fitting
+        if not usable:
+            assert request.adapter is not None
+            message = f"no attention worker has the adapter {request.adapter.name}"
+            raise Unavailable(message, reason=Reason.WORKER_UNAVAILABLE)
         return min(usable, key=lambda cell: (_reluctance(cell), cell.load))
 
     def rehome(self, sequences: list[Sequence]) -> None:
@@ -116,9 +126,9 @@ class Fleet:
                 failed.append((sequence, Unavailable(times, reason=Reason.WORKER_UNAVAILABLE)))
                 continue
             try:
-                cell = self.least_loaded()
+                cell = self.least_loaded(sequence.request)
                 cell.add(sequence)
-            except GrokmoeError as refusal:  # only a cell with fewer pages than the lost one can refuse
+            except GrokmoeError as refusal:  # a cell with fewer pages than the lost one, or none with its adapter
                 failed.append((sequence, refusal))
             else:
                 self._register.move(sequence, cell)

@@ -11,6 +11,7 @@ import asyncio
 import time
 
 from grokmoe.errors import AlreadyExists, GrokmoeError, Reason, Unavailable
+from router.adapters import Adapters
 from router.admission import Admission, AdmissionSettings, CallContext
 from router.fair_share import FairShare
 from router.fleet import Fleet
@@ -23,7 +24,8 @@ from router.sequence import Sequence
 class Intake:
     """One engine's. What each method promises its callers: see Engine, which has methods of the same names."""
 
-    def __init__(self, settings: AdmissionSettings, register: Register, fleet: Fleet) -> None:
+    def __init__(self, settings: AdmissionSettings, register: Register, fleet: Fleet, adapters: Adapters) -> None:
+        self._adapters = adapters
         self.admission = Admission(settings)
         self._queue_timeout = settings.queue_timeout
         self._share = FairShare()
@@ -45,11 +47,14 @@ class Intake:
         """Takes a request in, or raises why not."""
         if self._register.find(request.request_id) is not None:
             raise AlreadyExists(f"request_id: {request.request_id} is the id of a request that is alive")
+        adapter = request.adapter
+        if adapter is not None and self._adapters.table.find("adapter", adapter.name).id != adapter.id:
+            raise Unavailable(f"adapter {adapter.name} was loaded anew just now", 0.0)  # while the request was read
         self.check_room(call, request.n, len(request.prompt_ids))
         cost = len(request.prompt_ids) + request.max_tokens
         places = self._share.place(call.caller, cost, call.priority, request.n)
         sequences = [Sequence(request, place, index) for index, place in enumerate(places)]
-        cell = self._fleet.least_loaded()
+        cell = self._fleet.least_loaded(request)
         cell.check(request)
         generation = Generation(request, call, sequences, self._begun)
         self.admission.added(call.caller, request.n)
@@ -58,6 +63,8 @@ class Intake:
         for sequence in sequences:
             cell.add(sequence)
             self._register.put(generation, sequence, cell)
+            if adapter is not None:
+                self._adapters.table.add(adapter.id)
         return generation
 
     def _begun(self, generation: Generation) -> None:
@@ -121,4 +128,7 @@ class Intake:
         generation = self._register.forget(sequence)
         if generation is not None:
             self.admission.ended(generation.call.caller)
+            if generation.request.adapter_id:
+                self._adapters.table.release(generation.request.adapter_id)
+                self._adapters.ended()
         self._fleet.wake()

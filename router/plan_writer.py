@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from grokmoe.step_plan import (
     WHOLE_VOCABULARY,
@@ -35,6 +36,7 @@ def _write_chunk(chunk: Chunk) -> SequenceChunk:
         _sampling(chunk.sequence) if chunk.wants_token else None,
         LogitsScope.ALL if chunk.sequence.request.logits else LogitsScope.NONE,
         _scoring(chunk),
+        chunk.sequence.request.adapter_id,
     )
 
 
@@ -78,9 +80,17 @@ def _make_sampling(sequence: Sequence) -> TokenSampling:
         bias_ids=tuple(id_ for id_, _ in bias),
         bias=tuple(value for _, value in bias),
         penalties=penalties,
-        allowed=b"" if sequence.constraint is None else sequence.constraint.allowed(),
+        allowed=_allowed(sequence),
         num_logprobs=request.logprobs,
     )
+
+
+def _allowed(sequence: Sequence) -> bytes:
+    """A structured output is made of the model's own tokens: those that an adapter adds are barred."""
+    if sequence.constraint is None:
+        return b""
+    mask = sequence.constraint.allowed()
+    return mask + bytes(4 * math.ceil(sequence.request.num_added_tokens / 32))
 
 
 def _scoring(chunk: Chunk) -> TokenScoring | None:
@@ -108,7 +118,7 @@ def read_extras(step: Step, plan: StepPlan, result: StepResult) -> Iterator[Chun
     """The chunks for which more than a token came back. The order is that of StepResult."""
     tables, row = iter(result.logprobs), 0
 
-    def take_rows(num_rows: int) -> object:
+    def take_rows(num_rows: int) -> Any:
         nonlocal row
         row += num_rows
         return result.logits[row - num_rows : row]
@@ -117,8 +127,8 @@ def read_extras(step: Step, plan: StepPlan, result: StepResult) -> Iterator[Chun
         table = next(tables)
         if num_top != WHOLE_VOCABULARY:
             return table
-        rows: object = take_rows(len(table.token_ids))
-        return dataclasses.replace(table, top_logprobs=rows.numpy().tobytes())  # type: ignore[attr-defined]
+        rows: Any = take_rows(len(table.token_ids))[:, : table.num_top]  # others may have a larger vocabulary
+        return dataclasses.replace(table, top_logprobs=rows.numpy().tobytes())
 
     for chunk, asked in zip(step.chunks, plan.chunks, strict=True):
         logits = take_rows(len(asked.token_ids)) if asked.logits is LogitsScope.ALL else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from router.cell import AttentionCell
@@ -26,6 +27,11 @@ class Register:
     def generations(self) -> list[Generation]:
         """Those alive, oldest first."""
         return list(self._by_id.values())
+
+    @property
+    def num_with_adapter(self) -> Counter[str]:
+        """Sequences alive by the id of their adapter, those without one left out."""
+        return Counter(each.request.adapter_id for each in self._generations if each.request.adapter_id)
 
     def find(self, request_id: str) -> Generation | None:
         """The request of that id."""

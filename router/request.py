@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+from grokmoe.adapter import AdapterInfo
+
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 64) - 1
 
@@ -66,6 +68,7 @@ class Request:
     grammar: what form the output must have.
     resumed_ids: output that the caller has already, from before its stream broke; it counts as output in every way.
     logits: the logits of every position are wanted.
+    adapter: the LoRA adapter that computes it; None: none does.
     """
 
     request_id: str
@@ -80,3 +83,14 @@ class Request:
     grammar: Grammar | None = None
     resumed_ids: tuple[int, ...] = ()
     logits: bool = False
+    adapter: AdapterInfo | None = None
+
+    @property
+    def adapter_id(self) -> str:
+        """Empty: it has none."""
+        return "" if self.adapter is None else self.adapter.id
+
+    @property
+    def num_added_tokens(self) -> int:
+        """Ids behind the model's vocabulary that prompt and output may hold."""
+        return 0 if self.adapter is None else self.adapter.num_added_tokens

@@ -65,7 +65,7 @@ class GenerationService:
         self._alive: dict[str, Generation] = {}
         self._outbox = Outbox()
         self._prompts = PromptReader(config, tokenizer, refuses_control_symbols)
-        self._requests = RequestReader(config, self._prompts, compiler)
+        self._requests = RequestReader(config, self._prompts, compiler, engine.adapters.table)
 
     def as_service(self) -> Service:
         """What a server registers."""
@@ -146,7 +146,7 @@ class GenerationService:
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         """What is served."""
-        return status.model(self._engine.config, self._model_name, self._dtype, self._tokenizer is not None)
+        return status.model(self._engine, self._model_name, self._dtype, self._tokenizer is not None)
 
     async def stream(
         self, proto: pb.GenerateRequest, call: CallContext = NOBODY, is_collected: bool = False

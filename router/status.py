@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from grokmoe.model_config import ModelConfig
+from grokmoe.adapter_codec import adapter_to_proto
 from grokmoe.v1 import control_pb2 as pb
 from grokmoe.v1 import generation_pb2
 from grokmoe.v1.expert_pb2 import ExpertRange
@@ -25,8 +25,9 @@ _STATE = {
 }
 
 
-def model(config: ModelConfig, name: str, dtype: str, has_tokenizer: bool) -> generation_pb2.GetModelResponse:
+def model(engine: Engine, name: str, dtype: str, has_tokenizer: bool) -> generation_pb2.GetModelResponse:
     """What is served."""
+    config = engine.config
     return generation_pb2.GetModelResponse(
         name=name,
         config_hash=config.content_hash,
@@ -40,7 +41,21 @@ def model(config: ModelConfig, name: str, dtype: str, has_tokenizer: bool) -> ge
         has_tokenizer=has_tokenizer,
         dtype=dtype,
         bos_token_id=config.bos_token_id,
+        adapters=[adapter.name for adapter in engine.adapters.table.served],
     )
+
+
+def adapters(engine: Engine) -> pb.ListAdaptersResponse:
+    """Those that requests can name, and those on their way out."""
+    table, answer = engine.adapters.table, pb.ListAdaptersResponse()
+    for info in sorted([*table.served, *table.leaving], key=lambda info: (info.name, table.is_leaving(info.id))):
+        answer.adapters.add(
+            adapter=adapter_to_proto(info),
+            sequences=table.num_sequences(info.id),
+            workers=engine.adapters.workers_with(info.id),
+            leaving=table.is_leaving(info.id),
+        )
+    return answer
 
 
 def cluster(engine: Engine) -> pb.GetStatusResponse:

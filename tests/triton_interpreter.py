@@ -20,7 +20,7 @@ Written for Triton 3.7; it reaches into internals.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,8 +40,11 @@ class OutOfBounds(Exception):
 
 
 @contextmanager
-def interpreted() -> Iterator[None]:
-    """Within the block jit functions run in the interpreter, on CPU tensors."""
+def interpreted(beside: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Within the block jit functions run in the interpreter, on CPU tensors.
+
+    beside: tensors that kernels find by their addresses, not among their arguments.
+    """
     assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: these tests also need the compiler"
     # exp may overflow to infinity by design (tanh is 1 - 2 / (exp(2x) + 1)), and what is no number is computed with
     # like anything else; numpy warns, GPUs do not.
@@ -51,6 +54,7 @@ def interpreted() -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+        patch.setattr(_reachable, "beside", [_byte_range(tensor) for tensor in beside if tensor.numel()])
         patch.setattr(JITFunction, "run", _run)
         patch.setattr(JITFunction, "__call__", _call)
         for name, method in _repaired_builder().items():
@@ -62,7 +66,7 @@ def _run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
     values = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in (*args, *kwargs.values())]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     ranges = [_byte_range(tensor) for tensor in tensors if tensor.numel()]
-    _reachable.ranges = np.array(ranges, dtype=np.uint64)
+    _reachable.ranges = np.array([*ranges, *_reachable.beside], dtype=np.uint64)
     try:
         InterpretedFunction(self.fn).run(*args, grid=grid, warmup=warmup, **kwargs)
     except interpreter.InterpreterError as error:
@@ -83,6 +87,7 @@ class _Reachable:
     """Bytes the running kernel may touch: [begin, end) per tensor argument."""
 
     ranges = np.zeros((0, 2), dtype=np.uint64)
+    beside: Sequence[tuple[int, int]] = ()
 
     def check(self, pointers: TensorHandle, mask: np.ndarray, verb: str) -> None:
         size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)

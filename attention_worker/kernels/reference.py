@@ -1,13 +1,16 @@
-"""Paged attention and gating in plain torch: the definitions that the kernels are tested against.
+"""Paged attention, corrections of low rank and gating in plain torch: the definitions that the kernels are tested
+against.
 
 Shapes: T tokens of the step, H query heads, K KV heads, P pages, S slots of a page, d head size, n tokens of a
-chunk, L keys of a sequence; in `gate` D hidden, E experts, K experts per token.
+chunk, L keys of a sequence; in `add_low_rank` I inputs, O outputs, N rows of a segment, R rank; in `gate` D hidden,
+E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import torch
 
+from attention_worker.kernels.low_rank import Projections, Segments
 from attention_worker.step_batch import StepBatch
 
 
@@ -43,6 +46,23 @@ def paged_attention(
         out_THd[row : row + n] = (scores_HnL.softmax(dim=-1) @ v_HLd).transpose(0, 1).to(q_THd.dtype)
         row += n
     return out_THd
+
+
+def add_low_rank(
+    y_TO: torch.Tensor, x_TI: torch.Tensor, segments: Segments, layer: int, projections: Projections
+) -> None:
+    """y += scale * B A x, in place, for the rows that have an adapter; float32 inside, rounded once, to y's type.
+
+    projections: those whose product y is. A row's result depends on the row and its adapter alone.
+    """
+    rows = torch.from_numpy(segments.rows_N).to(y_TO.device).split(list(segments.counts_S))
+    for rows_N, layers in zip(rows, segments.parts, strict=True):
+        x_NI = x_TI.index_select(0, rows_N).float()
+        for part in layers[layer][slice(*projections)]:
+            if part is not None:
+                delta_NO = (x_NI @ part.a_RI.float().T * part.scale) @ part.b_RO.float()
+                outs = slice(part.first_out, part.first_out + delta_NO.shape[1])
+                y_TO[rows_N, outs] = (y_TO[rows_N, outs].float() + delta_NO).to(y_TO.dtype)
 
 
 def gate(

@@ -1,3 +1,4 @@
+from grokmoe.v1 import adapter_pb2 as _adapter_pb2
 from grokmoe.v1 import failure_pb2 as _failure_pb2
 from grokmoe.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
@@ -23,7 +24,7 @@ class AttentionDescribeRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class AttentionDescribeResponse(_message.Message):
-    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "layer_begin", "layer_end", "num_pages", "page_size", "max_step_tokens", "device", "draining", "tensor_parallel")
+    __slots__ = ("config_hash", "incarnation", "dtype", "hidden_size", "layer_begin", "layer_end", "num_pages", "page_size", "max_step_tokens", "device", "draining", "tensor_parallel", "adapters")
     CONFIG_HASH_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +37,7 @@ class AttentionDescribeResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     config_hash: str
     incarnation: str
     dtype: _tensor_pb2.DataType
@@ -48,7 +50,30 @@ class AttentionDescribeResponse(_message.Message):
     device: str
     draining: bool
     tensor_parallel: int
-    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Adapter]
+    def __init__(self, config_hash: _Optional[str] = ..., incarnation: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., hidden_size: _Optional[int] = ..., layer_begin: _Optional[int] = ..., layer_end: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., device: _Optional[str] = ..., draining: _Optional[bool] = ..., tensor_parallel: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[_adapter_pb2.Adapter, _Mapping]]] = ...) -> None: ...
+
+class AttentionLoadAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class AttentionLoadAdapterResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: _adapter_pb2.Adapter
+    def __init__(self, adapter: _Optional[_Union[_adapter_pb2.Adapter, _Mapping]] = ...) -> None: ...
+
+class AttentionUnloadAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id",)
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
+
+class AttentionUnloadAdapterResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Penalties(_message.Message):
     __slots__ = ("repetition", "frequency", "presence", "prompt_ids", "output_ids")
@@ -99,20 +124,22 @@ class TokenScoring(_message.Message):
     def __init__(self, first: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., num_top: _Optional[int] = ...) -> None: ...
 
 class SequenceChunk(_message.Message):
-    __slots__ = ("token_ids", "start", "page_ids", "sampling", "logits", "scoring")
+    __slots__ = ("token_ids", "start", "page_ids", "sampling", "logits", "scoring", "adapter_id")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     SCORING_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     start: int
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: TokenSampling
     logits: LogitsScope
     scoring: TokenScoring
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ..., scoring: _Optional[_Union[TokenScoring, _Mapping]] = ...) -> None: ...
+    adapter_id: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ..., scoring: _Optional[_Union[TokenScoring, _Mapping]] = ..., adapter_id: _Optional[str] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("incarnation", "chunks", "traceparents")

@@ -47,6 +47,16 @@ class AttentionStub:
                 request_serializer=grokmoe_dot_v1_dot_attention__pb2.StepRequest.SerializeToString,
                 response_deserializer=grokmoe_dot_v1_dot_attention__pb2.StepResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/grokmoe.v1.Attention/LoadAdapter',
+                request_serializer=grokmoe_dot_v1_dot_attention__pb2.AttentionLoadAdapterRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_attention__pb2.AttentionLoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/grokmoe.v1.Attention/UnloadAdapter',
+                request_serializer=grokmoe_dot_v1_dot_attention__pb2.AttentionUnloadAdapterRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_attention__pb2.AttentionUnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AttentionServicer:
@@ -71,6 +81,22 @@ class AttentionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Reads an adapter from the folder that the operator has given its name, and has it from now on. One that is here
+        already is not loaded twice; what was loaded under the name before stays, under its own id. NOT_FOUND without such a
+        folder, FAILED_PRECONDITION (ADAPTER_REFUSED) for files that cannot be used, RESOURCE_EXHAUSTED (NO_ROOM).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Forgets an adapter. Steps that have begun end with it; plans that name it are refused from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttentionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +109,16 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Step,
                     request_deserializer=grokmoe_dot_v1_dot_attention__pb2.StepRequest.FromString,
                     response_serializer=grokmoe_dot_v1_dot_attention__pb2.StepResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=grokmoe_dot_v1_dot_attention__pb2.AttentionLoadAdapterRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_attention__pb2.AttentionLoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=grokmoe_dot_v1_dot_attention__pb2.AttentionUnloadAdapterRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_attention__pb2.AttentionUnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -142,6 +178,60 @@ class Attention:
             '/grokmoe.v1.Attention/Step',
             grokmoe_dot_v1_dot_attention__pb2.StepRequest.SerializeToString,
             grokmoe_dot_v1_dot_attention__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Attention/LoadAdapter',
+            grokmoe_dot_v1_dot_attention__pb2.AttentionLoadAdapterRequest.SerializeToString,
+            grokmoe_dot_v1_dot_attention__pb2.AttentionLoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Attention/UnloadAdapter',
+            grokmoe_dot_v1_dot_attention__pb2.AttentionUnloadAdapterRequest.SerializeToString,
+            grokmoe_dot_v1_dot_attention__pb2.AttentionUnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

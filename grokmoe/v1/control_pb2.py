@@ -22,46 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from grokmoe.v1 import adapter_pb2 as grokmoe_dot_v1_dot_adapter__pb2
 from grokmoe.v1 import expert_pb2 as grokmoe_dot_v1_dot_expert__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18grokmoe/v1/control.proto\x12\ngrokmoe.v1\x1a\x17grokmoe/v1/expert.proto\"X\n\x12MoveExpertsRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\"s\n\x13MoveExpertsResponse\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x15\n\rdrain_seconds\x18\x03 \x01(\x01\x12\x19\n\x11placement_version\x18\x04 \x01(\x04\"9\n\x17RebalanceExpertsRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\xba\x01\n\x18RebalanceExpertsResponse\x12%\n\x05moves\x18\x01 \x03(\x0b\x32\x16.grokmoe.v1.ExpertMove\x12\x11\n\timbalance\x18\x02 \x01(\x01\x12\x1a\n\x12\x66orecast_imbalance\x18\x03 \x01(\x01\x12\x14\n\x0cgain_seconds\x18\x04 \x01(\x01\x12\x14\n\x0c\x63ost_seconds\x18\x05 \x01(\x01\x12\x0c\n\x04\x64one\x18\x06 \x01(\x08\x12\x0e\n\x06reason\x18\x07 \x01(\t\"_\n\nExpertMove\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"$\n\rAbortResponse\x12\x13\n\x0b\x61\x62orted_ids\x18\x01 \x03(\t\"\x12\n\x10GetStatusRequest\"m\n\rPipelineStage\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0blayer_begin\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\"\xfe\x02\n\x06Worker\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.grokmoe.v1.WorkerRole\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.grokmoe.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x07 \x03(\r\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nused_pages\x18\t \x01(\r\x12\x14\n\x0c\x63\x61\x63hed_pages\x18\n \x01(\r\x12%\n\x04held\x18\x0b \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12(\n\x07loading\x18\x0c \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x17\n\x0frows_per_second\x18\r \x01(\x01\x12)\n\x06stages\x18\x0e \x03(\x0b\x32\x19.grokmoe.v1.PipelineStage\"c\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\r\n\x05slice\x18\x04 \x01(\r\x12\x12\n\nnum_slices\x18\x05 \x01(\r\"?\n\nLegLatency\x12\x0b\n\x03leg\x18\x01 \x01(\t\x12\x15\n\rtotal_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xa9\x02\n\x11GetStatusResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.grokmoe.v1.Worker\x12.\n\tplacement\x18\x02 \x03(\x0b\x32\x1b.grokmoe.v1.ExpertPlacement\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12$\n\x04legs\x18\x07 \x03(\x0b\x32\x16.grokmoe.v1.LegLatency\x12\x19\n\x11placement_version\x18\x08 \x01(\x04\x12\x11\n\timbalance\x18\t \x01(\x01\x12%\n\x05moves\x18\n \x03(\x0b\x32\x16.grokmoe.v1.ExpertMove*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02*\xa9\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x15\n\x11WORKER_STATE_DEAD\x10\x05\x32\xc0\x02\n\x07\x43ontrol\x12H\n\tGetStatus\x12\x1c.grokmoe.v1.GetStatusRequest\x1a\x1d.grokmoe.v1.GetStatusResponse\x12<\n\x05\x41\x62ort\x12\x18.grokmoe.v1.AbortRequest\x1a\x19.grokmoe.v1.AbortResponse\x12N\n\x0bMoveExperts\x12\x1e.grokmoe.v1.MoveExpertsRequest\x1a\x1f.grokmoe.v1.MoveExpertsResponse\x12]\n\x10RebalanceExperts\x12#.grokmoe.v1.RebalanceExpertsRequest\x1a$.grokmoe.v1.RebalanceExpertsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18grokmoe/v1/control.proto\x12\ngrokmoe.v1\x1a\x18grokmoe/v1/adapter.proto\x1a\x17grokmoe/v1/expert.proto\"\x15\n\x13ListAdaptersRequest\"j\n\rAdapterStatus\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.grokmoe.v1.Adapter\x12\x11\n\tsequences\x18\x02 \x01(\r\x12\x0f\n\x07workers\x18\x03 \x01(\r\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\"C\n\x14ListAdaptersResponse\x12+\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x19.grokmoe.v1.AdapterStatus\"\"\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.grokmoe.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x15UnloadAdapterResponse\x12\x15\n\rdrain_seconds\x18\x01 \x01(\x01\"X\n\x12MoveExpertsRequest\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\"s\n\x13MoveExpertsResponse\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x15\n\rdrain_seconds\x18\x03 \x01(\x01\x12\x19\n\x11placement_version\x18\x04 \x01(\x04\"9\n\x17RebalanceExpertsRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\xba\x01\n\x18RebalanceExpertsResponse\x12%\n\x05moves\x18\x01 \x03(\x0b\x32\x16.grokmoe.v1.ExpertMove\x12\x11\n\timbalance\x18\x02 \x01(\x01\x12\x1a\n\x12\x66orecast_imbalance\x18\x03 \x01(\x01\x12\x14\n\x0cgain_seconds\x18\x04 \x01(\x01\x12\x14\n\x0c\x63ost_seconds\x18\x05 \x01(\x01\x12\x0c\n\x04\x64one\x18\x06 \x01(\x08\x12\x0e\n\x06reason\x18\x07 \x01(\t\"_\n\nExpertMove\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"$\n\rAbortResponse\x12\x13\n\x0b\x61\x62orted_ids\x18\x01 \x03(\t\"\x12\n\x10GetStatusRequest\"m\n\rPipelineStage\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0blayer_begin\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\"\xfe\x02\n\x06Worker\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.grokmoe.v1.WorkerRole\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.grokmoe.v1.WorkerState\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x07 \x03(\r\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nused_pages\x18\t \x01(\r\x12\x14\n\x0c\x63\x61\x63hed_pages\x18\n \x01(\r\x12%\n\x04held\x18\x0b \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12(\n\x07loading\x18\x0c \x03(\x0b\x32\x17.grokmoe.v1.ExpertRange\x12\x17\n\x0frows_per_second\x18\r \x01(\x01\x12)\n\x06stages\x18\x0e \x03(\x0b\x32\x19.grokmoe.v1.PipelineStage\"c\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\r\n\x05slice\x18\x04 \x01(\r\x12\x12\n\nnum_slices\x18\x05 \x01(\r\"?\n\nLegLatency\x12\x0b\n\x03leg\x18\x01 \x01(\t\x12\x15\n\rtotal_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xa9\x02\n\x11GetStatusResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.grokmoe.v1.Worker\x12.\n\tplacement\x18\x02 \x03(\x0b\x32\x1b.grokmoe.v1.ExpertPlacement\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12$\n\x04legs\x18\x07 \x03(\x0b\x32\x16.grokmoe.v1.LegLatency\x12\x19\n\x11placement_version\x18\x08 \x01(\x04\x12\x11\n\timbalance\x18\t \x01(\x01\x12%\n\x05moves\x18\n \x03(\x0b\x32\x16.grokmoe.v1.ExpertMove*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02*\xa9\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x15\n\x11WORKER_STATE_DEAD\x10\x05\x32\xb9\x04\n\x07\x43ontrol\x12H\n\tGetStatus\x12\x1c.grokmoe.v1.GetStatusRequest\x1a\x1d.grokmoe.v1.GetStatusResponse\x12<\n\x05\x41\x62ort\x12\x18.grokmoe.v1.AbortRequest\x1a\x19.grokmoe.v1.AbortResponse\x12N\n\x0bMoveExperts\x12\x1e.grokmoe.v1.MoveExpertsRequest\x1a\x1f.grokmoe.v1.MoveExpertsResponse\x12]\n\x10RebalanceExperts\x12#.grokmoe.v1.RebalanceExpertsRequest\x1a$.grokmoe.v1.RebalanceExpertsResponse\x12Q\n\x0cListAdapters\x12\x1f.grokmoe.v1.ListAdaptersRequest\x1a .grokmoe.v1.ListAdaptersResponse\x12N\n\x0bLoadAdapter\x12\x1e.grokmoe.v1.LoadAdapterRequest\x1a\x1f.grokmoe.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .grokmoe.v1.UnloadAdapterRequest\x1a!.grokmoe.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'grokmoe.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1674
-  _globals['_WORKERROLE']._serialized_end=1766
-  _globals['_WORKERSTATE']._serialized_start=1769
-  _globals['_WORKERSTATE']._serialized_end=1938
-  _globals['_MOVEEXPERTSREQUEST']._serialized_start=65
-  _globals['_MOVEEXPERTSREQUEST']._serialized_end=153
-  _globals['_MOVEEXPERTSRESPONSE']._serialized_start=155
-  _globals['_MOVEEXPERTSRESPONSE']._serialized_end=270
-  _globals['_REBALANCEEXPERTSREQUEST']._serialized_start=272
-  _globals['_REBALANCEEXPERTSREQUEST']._serialized_end=329
-  _globals['_REBALANCEEXPERTSRESPONSE']._serialized_start=332
-  _globals['_REBALANCEEXPERTSRESPONSE']._serialized_end=518
-  _globals['_EXPERTMOVE']._serialized_start=520
-  _globals['_EXPERTMOVE']._serialized_end=615
-  _globals['_ABORTREQUEST']._serialized_start=617
-  _globals['_ABORTREQUEST']._serialized_end=652
-  _globals['_ABORTRESPONSE']._serialized_start=654
-  _globals['_ABORTRESPONSE']._serialized_end=690
-  _globals['_GETSTATUSREQUEST']._serialized_start=692
-  _globals['_GETSTATUSREQUEST']._serialized_end=710
-  _globals['_PIPELINESTAGE']._serialized_start=712
-  _globals['_PIPELINESTAGE']._serialized_end=821
-  _globals['_WORKER']._serialized_start=824
-  _globals['_WORKER']._serialized_end=1206
-  _globals['_EXPERTPLACEMENT']._serialized_start=1208
-  _globals['_EXPERTPLACEMENT']._serialized_end=1307
-  _globals['_LEGLATENCY']._serialized_start=1309
-  _globals['_LEGLATENCY']._serialized_end=1372
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1375
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1672
-  _globals['_CONTROL']._serialized_start=1941
-  _globals['_CONTROL']._serialized_end=2261
+  _globals['_WORKERROLE']._serialized_start=2083
+  _globals['_WORKERROLE']._serialized_end=2175
+  _globals['_WORKERSTATE']._serialized_start=2178
+  _globals['_WORKERSTATE']._serialized_end=2347
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=91
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=112
+  _globals['_ADAPTERSTATUS']._serialized_start=114
+  _globals['_ADAPTERSTATUS']._serialized_end=220
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=222
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=289
+  _globals['_LOADADAPTERREQUEST']._serialized_start=291
+  _globals['_LOADADAPTERREQUEST']._serialized_end=325
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=327
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=386
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=388
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=424
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=426
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=472
+  _globals['_MOVEEXPERTSREQUEST']._serialized_start=474
+  _globals['_MOVEEXPERTSREQUEST']._serialized_end=562
+  _globals['_MOVEEXPERTSRESPONSE']._serialized_start=564
+  _globals['_MOVEEXPERTSRESPONSE']._serialized_end=679
+  _globals['_REBALANCEEXPERTSREQUEST']._serialized_start=681
+  _globals['_REBALANCEEXPERTSREQUEST']._serialized_end=738
+  _globals['_REBALANCEEXPERTSRESPONSE']._serialized_start=741
+  _globals['_REBALANCEEXPERTSRESPONSE']._serialized_end=927
+  _globals['_EXPERTMOVE']._serialized_start=929
+  _globals['_EXPERTMOVE']._serialized_end=1024
+  _globals['_ABORTREQUEST']._serialized_start=1026
+  _globals['_ABORTREQUEST']._serialized_end=1061
+  _globals['_ABORTRESPONSE']._serialized_start=1063
+  _globals['_ABORTRESPONSE']._serialized_end=1099
+  _globals['_GETSTATUSREQUEST']._serialized_start=1101
+  _globals['_GETSTATUSREQUEST']._serialized_end=1119
+  _globals['_PIPELINESTAGE']._serialized_start=1121
+  _globals['_PIPELINESTAGE']._serialized_end=1230
+  _globals['_WORKER']._serialized_start=1233
+  _globals['_WORKER']._serialized_end=1615
+  _globals['_EXPERTPLACEMENT']._serialized_start=1617
+  _globals['_EXPERTPLACEMENT']._serialized_end=1716
+  _globals['_LEGLATENCY']._serialized_start=1718
+  _globals['_LEGLATENCY']._serialized_end=1781
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1784
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2081
+  _globals['_CONTROL']._serialized_start=2350
+  _globals['_CONTROL']._serialized_end=2919
 # @@protoc_insertion_point(module_scope)

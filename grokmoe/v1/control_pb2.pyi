@@ -1,3 +1,4 @@
+from grokmoe.v1 import adapter_pb2 as _adapter_pb2
 from grokmoe.v1 import expert_pb2 as _expert_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -31,6 +32,52 @@ WORKER_STATE_READY: WorkerState
 WORKER_STATE_SUSPECT: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_DEAD: WorkerState
+
+class ListAdaptersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AdapterStatus(_message.Message):
+    __slots__ = ("adapter", "sequences", "workers", "leaving")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    adapter: _adapter_pb2.Adapter
+    sequences: int
+    workers: int
+    leaving: bool
+    def __init__(self, adapter: _Optional[_Union[_adapter_pb2.Adapter, _Mapping]] = ..., sequences: _Optional[int] = ..., workers: _Optional[int] = ..., leaving: _Optional[bool] = ...) -> None: ...
+
+class ListAdaptersResponse(_message.Message):
+    __slots__ = ("adapters",)
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterStatus]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ...) -> None: ...
+
+class LoadAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class LoadAdapterResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: _adapter_pb2.Adapter
+    def __init__(self, adapter: _Optional[_Union[_adapter_pb2.Adapter, _Mapping]] = ...) -> None: ...
+
+class UnloadAdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class UnloadAdapterResponse(_message.Message):
+    __slots__ = ("drain_seconds",)
+    DRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    drain_seconds: float
+    def __init__(self, drain_seconds: _Optional[float] = ...) -> None: ...
 
 class MoveExpertsRequest(_message.Message):
     __slots__ = ("experts", "to")

@@ -56,6 +56,21 @@ class ControlStub:
                 request_serializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsRequest.SerializeToString,
                 response_deserializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsResponse.FromString,
                 _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/grokmoe.v1.Control/ListAdapters',
+                request_serializer=grokmoe_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/grokmoe.v1.Control/LoadAdapter',
+                request_serializer=grokmoe_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/grokmoe.v1.Control/UnloadAdapter',
+                request_serializer=grokmoe_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=grokmoe_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -92,6 +107,29 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAdapters(self, request, context):
+        """The LoRA adapters that requests can name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Has every attention worker load an adapter from the folder that its operator has given the name. Another content
+        than before under the name takes its place: new requests get the new one, those that have begun end with the old one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Takes an adapter out: new requests that name it are refused at once; returns when those that have begun have ended and
+        the workers have forgotten it. A caller that goes away does not end it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +152,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.RebalanceExperts,
                     request_deserializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsRequest.FromString,
                     response_serializer=grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=grokmoe_dot_v1_dot_control__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_control__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=grokmoe_dot_v1_dot_control__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_control__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=grokmoe_dot_v1_dot_control__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=grokmoe_dot_v1_dot_control__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +279,87 @@ class Control:
             '/grokmoe.v1.Control/RebalanceExperts',
             grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsRequest.SerializeToString,
             grokmoe_dot_v1_dot_control__pb2.RebalanceExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Control/ListAdapters',
+            grokmoe_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+            grokmoe_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Control/LoadAdapter',
+            grokmoe_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+            grokmoe_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grokmoe.v1.Control/UnloadAdapter',
+            grokmoe_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+            grokmoe_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -235,6 +235,13 @@ class AttentionCell(AttentionMember):
     def _has_other(self) -> bool:
         return bool(self._hooks.others())
 
+    async def _bring_adapters(self, info: AttentionInfo) -> AttentionInfo:
+        return await self._hooks.bring(info)
+
+    def can_compute(self, request: Request) -> bool:
+        """Whether it has the request's adapter, or will have when it is back."""
+        return not request.adapter_id or self.state is not WorkerState.READY or request.adapter_id in self.adapter_ids
+
     def _adopt(self, info: AttentionInfo) -> None:
         """Starts anew with empty pages; sequences that waited for the worker's return go on waiting for a step."""
         waiting = self.scheduler.drain_all() if self.info is not None else []
@@ -251,6 +258,7 @@ class AttentionCell(AttentionMember):
         self._enter(WorkerEvent.ANSWERED)
         self._hooks.rehome(waiting)
         self._hooks.changed()
+        self._hooks.adopted()
         self._lanes.open()
 
     def _lose(self, info: AttentionInfo, error: GrokmoeError, is_hung: bool = False, stage: str = "") -> None:

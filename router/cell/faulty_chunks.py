@@ -43,6 +43,8 @@ def blame_for(step: Step, faulty: Collection[int], by_experts: Collection[int], 
         elif is_agreed or sequence.num_faults > MAX_FAULTS:
             message = f"what {worker} computed for this request is not finite, nor was it the times before"
             ending.append((sequence, InternalError(message)))
-        else:
+        elif (
+            not sequence.request.adapter_id
+        ):  # an adapter may do that: it is computed again, but no worker blamed for it
             is_workers = True
     return Blame(is_workers, ending)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as Listed
 
 from grokmoe.errors import GrokmoeError
@@ -12,7 +12,7 @@ from router.generation import Generation
 from router.legs import Legs
 from router.sequence import Sequence
 from router.step import Step
-from router.transport.base import Hole
+from router.transport.base import AttentionInfo, Hole
 
 MakeHole = Callable[[int, Legs, float | None], Hole]
 """(lane, legs, deadline) -> who fills the MoE of a step. deadline: time.monotonic() after which nobody waits for it."""
@@ -44,6 +44,10 @@ class CellHooks:
     """The other cells that are in use."""
     changed: Callable[[], None]
     """The state of the cell is another one."""
+    bring: Callable[[AttentionInfo], Awaitable[AttentionInfo]]
+    """Loads the adapters there are into the worker, which has described itself so; what it says of itself then."""
+    adopted: Callable[[], None]
+    """The worker is in use with the adapters that it has now."""
 
     def note_scheduled(self, step: Step) -> None:
         """A step begins."""

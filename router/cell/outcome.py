@@ -112,7 +112,10 @@ def _check_tokens(step: Step, result: StepResult, vocab_size: int) -> None:
     if len(result.token_ids) != num_wanted:
         raise Unavailable(f"it drew {len(result.token_ids)} tokens, {num_wanted} were due")
     if max(result.token_ids, default=0) >= vocab_size:
-        raise Unavailable(f"it drew token {max(result.token_ids)}, which the vocabulary does not have")
+        drawing = [chunk.sequence.request for chunk in step.chunks if chunk.wants_token]
+        for token, request in zip(result.token_ids, drawing, strict=True):
+            if token >= vocab_size + request.num_added_tokens:
+                raise Unavailable(f"it drew token {token}, which the vocabulary does not have")
 
 
 def _faulty_places(step: Step, hole: Hole) -> frozenset[int]:

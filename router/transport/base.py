@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from grokmoe.adapter import AdapterInfo
 from grokmoe.errors import InternalError, Unavailable
 from grokmoe.step_plan import StepPlan, StepResult
 from router.legs import Legs
@@ -23,6 +24,7 @@ class AttentionInfo:
 
     is_draining: it is about to end and refuses new plans. stages: a pipeline's, in the order of their layers.
     num_ranks: processes that share out what it has of the model.
+    adapters: those that plans can name.
     """
 
     config_hash: str
@@ -43,6 +45,8 @@ class AttentionInfo:
     def place(self) -> str:
         """Where it computes, for people: `cuda:0`, or `cuda:0 x 8` for eight ranks of which the first is there."""
         return self.device if self.num_ranks == 1 else f"{self.device} x {self.num_ranks}"
+
+    adapters: tuple[AdapterInfo, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +162,16 @@ class AttentionLink(Protocol):
         not begun the step; FailedPrecondition when it has another incarnation than the plan, InvalidRequest when it
         refuses the plan, and whatever `hole` raises. The lane can be used again after each.
         """
+
+    async def load_adapter(self, name: str) -> AdapterInfo:
+        """Has the worker load the adapter that its operator has given this name.
+
+        Raises Unavailable when it cannot be reached, NotFound, FailedPrecondition for files that cannot be used,
+        ResourceExhausted.
+        """
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """Has the worker forget an adapter; one that it does not have is no error. Raises Unavailable."""
 
     async def close(self) -> None:
         """Ends all lanes."""

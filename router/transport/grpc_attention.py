@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from typing import Any
+
+import grpc
 
 from grokmoe import tensors
+from grokmoe.adapter import AdapterInfo
+from grokmoe.adapter_codec import adapter_from_proto, adapters_from_proto
+from grokmoe.channel import TIMEOUTS
 from grokmoe.errors import Reason, Unavailable
 from grokmoe.plan_codec import plan_to_proto, result_from_proto
-from grokmoe.status import from_failure
+from grokmoe.status import from_failure, from_rpc_error
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.v1 import attention_pb2
 from router.discovery import stages_of
@@ -21,6 +27,9 @@ from router.transport.step_answers import StepAnswers
 from router.transport.worker_access import PLAIN, WorkerAccess, new_router_id
 
 SERVICE = "grokmoe.v1.Attention"
+
+ADAPTER_TIMEOUT = 300.0
+"""Seconds that loading an adapter may take: some gigabytes from a slow disk."""
 
 HOLE_TIMEOUT = 120.0
 """Seconds an attention worker may take between two messages of a step, if nobody else cuts it off (router/cell/)."""
@@ -63,8 +72,26 @@ class GrpcAttentionLink:
             device=reply.device,
             is_draining=reply.draining,
             num_ranks=max(1, reply.tensor_parallel),
+            adapters=adapters_from_proto(reply.adapters),
         )
         return self._info
+
+    async def load_adapter(self, name: str) -> AdapterInfo:
+        """See AttentionLink."""
+        request = attention_pb2.AttentionLoadAdapterRequest(name=name)
+        reply = await self._ask("LoadAdapter", request, attention_pb2.AttentionLoadAdapterResponse, ADAPTER_TIMEOUT)
+        return adapter_from_proto(reply.adapter)
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """See AttentionLink."""
+        request = attention_pb2.AttentionUnloadAdapterRequest(adapter_id=adapter_id)
+        await self._ask("UnloadAdapter", request, attention_pb2.AttentionUnloadAdapterResponse, TIMEOUTS.describe)
+
+    async def _ask(self, method: str, request: Any, response: Any, timeout: float) -> Any:
+        try:
+            return await self._channel.unary(f"/{SERVICE}/{method}", request, response, timeout)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
 
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         """See AttentionLink."""

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from grokmoe.adapter import AdapterInfo
 from grokmoe.device_thread import DeviceThread
+from grokmoe.errors import FailedPrecondition
 from grokmoe.step_plan import StepPlan, StepResult
 from router.legs import Legs
 from router.placement import ExpertLayers, Pair, pairs_of, ranges_of
@@ -47,6 +49,24 @@ class AttentionEngine(Protocol):
     def begin(self, plan: StepPlan) -> StepRun:
         """Validates a plan."""
 
+    @property
+    def adapters(self) -> AdapterStore | None:
+        """Its adapters; None: it takes none."""
+
+
+class AdapterStore(Protocol):
+    """The adapters of a worker, see attention_worker.lora.store.AdapterStore."""
+
+    @property
+    def loaded(self) -> tuple[AdapterInfo, ...]:
+        """Those that plans can name."""
+
+    async def load(self, name: str) -> AdapterInfo:
+        """Has one more."""
+
+    def unload(self, adapter_id: str) -> bool:
+        """Forgets one."""
+
 
 class LocalAttentionLink:
     """An attention engine in this process."""
@@ -59,7 +79,22 @@ class LocalAttentionLink:
 
     async def describe(self) -> AttentionInfo:
         """See AttentionLink."""
-        return self._info
+        store = self._engine.adapters
+        return self._info if store is None else dataclasses.replace(self._info, adapters=store.loaded)
+
+    async def load_adapter(self, name: str) -> AdapterInfo:
+        """See AttentionLink."""
+        return await self._adapters.load(name)
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """See AttentionLink."""
+        self._adapters.unload(adapter_id)
+
+    @property
+    def _adapters(self) -> AdapterStore:
+        if self._engine.adapters is None:
+            raise FailedPrecondition("this worker takes no adapters")
+        return self._engine.adapters
 
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         """See AttentionLink. With local experts the whole step is one task of the device thread."""

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from grokmoe.adapter import AdapterInfo
 from grokmoe.errors import ConfigError, FailedPrecondition, Reason, Unavailable
 from grokmoe.step_plan import LogitsScope, StepPlan, StepResult
 from router.discovery import STAGE_JOINT
@@ -76,6 +77,27 @@ class PipelineLink:
         result = await _run(stage, lane, part, hole, legs)
         return dataclasses.replace(result, faulty_chunks=tuple(sorted(faulty.union(result.faulty_chunks))))
 
+    async def load_adapter(self, name: str) -> AdapterInfo:
+        """See AttentionLink. Every stage loads its layers' part; none keeps it unless all do."""
+        answers = await asyncio.gather(*(stage.load_adapter(name) for stage in self._stages), return_exceptions=True)
+        infos = [each for each in answers if isinstance(each, AdapterInfo)]
+        if len(infos) == len(answers) and len({info.id for info in infos}) == 1:
+            return dataclasses.replace(infos[0], num_bytes=sum(info.num_bytes for info in infos))
+        for stage, answer in zip(self._stages, answers, strict=True):
+            if isinstance(answer, AdapterInfo):
+                await stage.unload_adapter(answer.id)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        raise FailedPrecondition(
+            f"stages have different adapters under the name {name}: {', '.join(info.id for info in infos)}",
+            reason=Reason.ADAPTER_REFUSED,
+        )
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """See AttentionLink."""
+        await asyncio.gather(*(stage.unload_adapter(adapter_id) for stage in self._stages))
+
     async def close(self) -> None:
         """See AttentionLink."""
         await asyncio.gather(*(stage.close() for stage in self._stages))
@@ -108,6 +130,17 @@ def compose(stages: Sequence[PipelineStage]) -> AttentionInfo:
         device=STAGE_JOINT.join(dict.fromkeys(info.device for info in infos)),
         is_draining=any(info.is_draining for info in infos),
         stages=tuple(stages),
+        adapters=_in_all(infos),
+    )
+
+
+def _in_all(infos: Sequence[AttentionInfo]) -> tuple[AdapterInfo, ...]:
+    """The adapters that every stage has."""
+    by_id = [{adapter.id: adapter for adapter in info.adapters} for info in infos]
+    return tuple(
+        dataclasses.replace(adapter, num_bytes=sum(own[adapter.id].num_bytes for own in by_id))
+        for adapter in infos[0].adapters
+        if all(adapter.id in own for own in by_id)
     )
 
 

@@ -34,8 +34,11 @@ class PromptReader:
         self._config, self._tokenizer = config, tokenizer
         self._refuses_control_symbols = refuses_control_symbols
 
-    async def read(self, proto: Any) -> Prompt:
-        """The prompt of a GenerateRequest or ScoreRequest. Raises InvalidRequest, FailedPrecondition."""
+    async def read(self, proto: Any, num_added: int = 0) -> Prompt:
+        """The prompt of a GenerateRequest or ScoreRequest. num_added: ids behind the vocabulary that it may hold.
+
+        Raises InvalidRequest, FailedPrecondition.
+        """
         kind = proto.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: set text or token_ids")
@@ -50,7 +53,7 @@ class PromptReader:
         ids = tuple(proto.token_ids.ids)
         if not ids:
             raise InvalidRequest("token_ids.ids", "is empty")
-        self.check_ids("token_ids.ids", ids)
+        self.check_ids("token_ids.ids", ids, num_added)
         self._check_length("token_ids.ids", ids)
         return Prompt(ids, None)
 
@@ -81,12 +84,11 @@ class PromptReader:
             raise FailedPrecondition(message, reason=Reason.NO_TOKENIZER)
         return self._tokenizer
 
-    def check_ids(self, field: str, ids: Sequence[int]) -> None:
-        """Raises InvalidRequest unless all are below the vocabulary size."""
-        if ids and max(ids) >= self._config.vocab_size:
-            raise InvalidRequest(
-                field, f"holds {max(ids)}, must be below the vocabulary size {self._config.vocab_size}"
-            )
+    def check_ids(self, field: str, ids: Sequence[int], num_added: int = 0) -> None:
+        """Raises InvalidRequest unless all are below the vocabulary size, with what an adapter adds to it."""
+        vocab_size = self._config.vocab_size + num_added
+        if ids and max(ids) >= vocab_size:
+            raise InvalidRequest(field, f"holds {max(ids)}, must be below the vocabulary size {vocab_size}")
 
     def _check_length(self, field: str, ids: Sequence[int]) -> None:
         limit = self._config.context_length - 1

@@ -9,10 +9,12 @@ from typing import Any
 
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from grokmoe.adapter import AdapterInfo, check_adapter_name
 from grokmoe.errors import InvalidRequest, Reason
 from grokmoe.model_config import ModelConfig
 from grokmoe.step_plan import WHOLE_VOCABULARY
 from grokmoe.v1 import generation_pb2 as pb
+from router.adapter_table import AdapterTable
 from router.request import Grammar, Request
 from router.structured import Format, GrammarCompiler
 from router.text import TextSettings
@@ -39,30 +41,35 @@ class Accepted:
 
 
 class RequestReader:
-    """The rules of one model. compiler: None when it has no tokenizer."""
+    """The rules of one model. compiler: None when it has no tokenizer. adapters: that requests can name."""
 
-    def __init__(self, config: ModelConfig, prompts: PromptReader, compiler: GrammarCompiler | None) -> None:
-        self._config, self._prompts, self._compiler = config, prompts, compiler
+    def __init__(
+        self, config: ModelConfig, prompts: PromptReader, compiler: GrammarCompiler | None, adapters: AdapterTable
+    ) -> None:
+        self._config, self._prompts, self._compiler, self._adapters = config, prompts, compiler, adapters
 
     async def generate(self, proto: pb.GenerateRequest) -> Accepted:
-        """Raises InvalidRequest naming field, value and limit; FailedPrecondition for what needs a tokenizer."""
+        """Raises InvalidRequest naming field, value and limit; FailedPrecondition for what needs a tokenizer; NotFound
+        for an adapter that there is not."""
         _refuse_unknown(proto, *_MESSAGES)
         stopping, response = proto.stopping, proto.response
         request_id = _request_id(proto.request_id)
-        sampling, n = read_sampling(proto.sampling, self._config), read_num_candidates(proto.sampling)
+        adapter, num_added = self._adapter(proto)
+        vocab_size = self._config.vocab_size + num_added
+        sampling, n = read_sampling(proto.sampling, vocab_size), read_num_candidates(proto.sampling)
         max_tokens, min_tokens = self._token_limits(proto)
-        stop_ids = self._stop_ids(stopping)
+        stop_ids = self._stop_ids(stopping, num_added)
         stop_strings = self._stop_strings(stopping)
-        logprobs = self._num_logprobs("response.logprobs", response, "logprobs")
-        prompt_logprobs = self._num_logprobs("response.prompt_logprobs", response, "prompt_logprobs")
+        logprobs = _num_logprobs("response.logprobs", response, "logprobs", vocab_size)
+        prompt_logprobs = _num_logprobs("response.prompt_logprobs", response, "prompt_logprobs", vocab_size)
         wants_text = response.text if response.HasField("text") else True
         if response.echo and not wants_text:
             raise _conflict("response.echo", "response.text", "false")
         if response.echo:
             self._prompts.need_tokenizer("response.echo")
-        prompt = await self._prompts.read(proto)
-        self._check_logprob_size(len(prompt.ids), prompt_logprobs, n * max_tokens, logprobs)
-        resumed_ids = self._resumed(proto, len(prompt.ids), max_tokens)
+        prompt = await self._prompts.read(proto, num_added)
+        _check_logprob_size(vocab_size, len(prompt.ids), prompt_logprobs, n * max_tokens, logprobs)
+        resumed_ids = self._resumed(proto, len(prompt.ids), max_tokens, num_added)
         grammar = await self._grammar(proto)
         request = Request(
             request_id=request_id,
@@ -76,6 +83,7 @@ class RequestReader:
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
             resumed_ids=resumed_ids,
+            adapter=adapter,
         )
         if self._compiler is None:
             return Accepted(request, None)
@@ -94,10 +102,22 @@ class RequestReader:
         """A request that computes the prompt and draws nothing. Raises as `generate`."""
         _refuse_unknown(proto, "tokenize")
         request_id = _request_id(proto.request_id)
-        num_top = self._num_logprobs("top_logprobs", proto, "top_logprobs") or 0
-        prompt = await self._prompts.read(proto)
-        self._check_logprob_size(len(prompt.ids), num_top, 0, None, "top_logprobs")
-        return Request(request_id=request_id, prompt_ids=prompt.ids, max_tokens=0, prompt_logprobs=num_top)
+        adapter, num_added = self._adapter(proto)
+        vocab_size = self._config.vocab_size + num_added
+        num_top = _num_logprobs("top_logprobs", proto, "top_logprobs", vocab_size) or 0
+        prompt = await self._prompts.read(proto, num_added)
+        _check_logprob_size(vocab_size, len(prompt.ids), num_top, 0, None, "top_logprobs")
+        return Request(
+            request_id=request_id, prompt_ids=prompt.ids, max_tokens=0, prompt_logprobs=num_top, adapter=adapter
+        )
+
+    def _adapter(self, proto: Any) -> tuple[AdapterInfo | None, int]:
+        """The adapter of a request, and how many ids it adds."""
+        if not proto.adapter:
+            return None, 0
+        check_adapter_name("adapter", proto.adapter)
+        adapter = self._adapters.find("adapter", proto.adapter)
+        return adapter, adapter.num_added_tokens
 
     def _token_limits(self, proto: pb.GenerateRequest) -> tuple[int, int]:
         stopping = proto.stopping
@@ -115,11 +135,11 @@ class RequestReader:
                 raise _conflict("stopping.ignore_eos", "structured")
         return max_tokens, stopping.min_tokens
 
-    def _resumed(self, proto: pb.GenerateRequest, num_prompt: int, max_tokens: int) -> tuple[int, ...]:
+    def _resumed(self, proto: pb.GenerateRequest, num_prompt: int, max_tokens: int, num_added: int) -> tuple[int, ...]:
         if not proto.HasField("resumed"):
             return ()
         ids = tuple(proto.resumed.ids)
-        self._prompts.check_ids("resumed.ids", ids)
+        self._prompts.check_ids("resumed.ids", ids, num_added)
         limit = min(max_tokens, self._config.context_length - num_prompt) - 1
         if len(ids) > limit:
             raise InvalidRequest("resumed.ids", f"holds {len(ids)} tokens, max_tokens and the context allow {limit}")
@@ -134,11 +154,11 @@ class RequestReader:
                 raise _conflict("resumed", f"response.{name}")
         return ids
 
-    def _stop_ids(self, stopping: pb.StoppingParams) -> frozenset[int]:
+    def _stop_ids(self, stopping: pb.StoppingParams, num_added: int) -> frozenset[int]:
         field, ids = "stopping.stop_token_ids", stopping.stop_token_ids
         if len(ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequest(field, f"holds {len(ids)} ids, limit is {MAX_STOP_TOKEN_IDS}")
-        self._prompts.check_ids(field, ids)
+        self._prompts.check_ids(field, ids, num_added)
         return frozenset((*ids, *(() if stopping.ignore_eos else self._config.eos_token_ids)))
 
     def _stop_strings(self, stopping: pb.StoppingParams) -> tuple[str, ...]:
@@ -155,37 +175,6 @@ class RequestReader:
         if strings:
             self._prompts.need_tokenizer(field)
         return strings
-
-    def _num_logprobs(self, field: str, proto: Any, name: str) -> int | None:
-        if not proto.HasField(name):
-            return None
-        number = int(getattr(proto, name))
-        if not WHOLE_VOCABULARY <= number <= self._config.vocab_size:
-            raise InvalidRequest(
-                field, f"is {number}, must be in [-1, {self._config.vocab_size}]; -1 is the whole vocabulary"
-            )
-        return number
-
-    def _check_logprob_size(
-        self,
-        num_prompt: int,
-        prompt_top: int | None,
-        num_output: int,
-        output_top: int | None,
-        prompt_field: str = "response.prompt_logprobs",
-    ) -> None:
-        sizes = {}
-        for field, rows, num_top in (
-            (prompt_field, num_prompt, prompt_top),
-            ("response.logprobs", num_output, output_top),
-        ):
-            if num_top is not None:
-                sizes[field] = 8 * rows * (1 + (self._config.vocab_size if num_top < 0 else num_top))
-        if sum(sizes.values()) > MAX_LOGPROB_BYTES:
-            field = max(sizes, key=sizes.__getitem__)
-            raise InvalidRequest(
-                field, f"would take up to {sum(sizes.values())} bytes for all tokens, limit is {MAX_LOGPROB_BYTES}"
-            )
 
     async def _grammar(self, proto: pb.GenerateRequest) -> Grammar | None:
         kind = proto.structured.WhichOneof("format")
@@ -206,6 +195,37 @@ class RequestReader:
         if prompt.text is not None:
             return prompt.text
         return self._prompts.need_tokenizer("response.echo").decode(prompt.ids, skip_special=skip_special)
+
+
+def _num_logprobs(field: str, proto: Any, name: str, vocab_size: int) -> int | None:
+    if not proto.HasField(name):
+        return None
+    number = int(getattr(proto, name))
+    if not WHOLE_VOCABULARY <= number <= vocab_size:
+        raise InvalidRequest(field, f"is {number}, must be in [-1, {vocab_size}]; -1 is the whole vocabulary")
+    return number
+
+
+def _check_logprob_size(
+    vocab_size: int,
+    num_prompt: int,
+    prompt_top: int | None,
+    num_output: int,
+    output_top: int | None,
+    prompt_field: str = "response.prompt_logprobs",
+) -> None:
+    sizes = {}
+    for field, rows, num_top in (
+        (prompt_field, num_prompt, prompt_top),
+        ("response.logprobs", num_output, output_top),
+    ):
+        if num_top is not None:
+            sizes[field] = 8 * rows * (1 + (vocab_size if num_top < 0 else num_top))
+    if sum(sizes.values()) > MAX_LOGPROB_BYTES:
+        field = max(sizes, key=sizes.__getitem__)
+        raise InvalidRequest(
+            field, f"would take up to {sum(sizes.values())} bytes for all tokens, limit is {MAX_LOGPROB_BYTES}"
+        )
 
 
 def _request_id(given: str) -> str:

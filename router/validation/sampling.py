@@ -6,7 +6,6 @@ import math
 import secrets
 
 from grokmoe.errors import InvalidRequest
-from grokmoe.model_config import ModelConfig
 from grokmoe.v1 import generation_pb2 as pb
 from router.request import SamplingSettings
 
@@ -19,8 +18,8 @@ MAX_BIAS_ENTRIES = 1024
 MAX_CANDIDATES = 64
 
 
-def read_sampling(proto: pb.SamplingParams, config: ModelConfig) -> SamplingSettings:
-    """Raises InvalidRequest naming field, value and limit."""
+def read_sampling(proto: pb.SamplingParams, vocab_size: int) -> SamplingSettings:
+    """Raises InvalidRequest naming field, value and limit. vocab_size: with what an adapter adds."""
     return SamplingSettings(
         temperature=_number(proto, "temperature", DEFAULT_TEMPERATURE, 0, MAX_TEMPERATURE),
         top_k=proto.top_k,
@@ -29,7 +28,7 @@ def read_sampling(proto: pb.SamplingParams, config: ModelConfig) -> SamplingSett
         repetition_penalty=_number(proto, "repetition_penalty", 1.0, 0, MAX_REPETITION_PENALTY, open_below=True),
         frequency_penalty=_number(proto, "frequency_penalty", 0.0, -MAX_PENALTY, MAX_PENALTY),
         presence_penalty=_number(proto, "presence_penalty", 0.0, -MAX_PENALTY, MAX_PENALTY),
-        logit_bias=_logit_bias(proto, config),
+        logit_bias=_logit_bias(proto, vocab_size),
         seed=proto.seed if proto.HasField("seed") else secrets.randbits(64),
     )
 
@@ -54,15 +53,13 @@ def _number(
     return value
 
 
-def _logit_bias(proto: pb.SamplingParams, config: ModelConfig) -> tuple[tuple[int, float], ...]:
+def _logit_bias(proto: pb.SamplingParams, vocab_size: int) -> tuple[tuple[int, float], ...]:
     field = "sampling.logit_bias"
     if len(proto.logit_bias) > MAX_BIAS_ENTRIES:
         raise InvalidRequest(field, f"has {len(proto.logit_bias)} entries, limit is {MAX_BIAS_ENTRIES}")
     for token_id, bias in proto.logit_bias.items():
-        if token_id >= config.vocab_size:
-            raise InvalidRequest(
-                field, f"names token {token_id}, must be below the vocabulary size {config.vocab_size}"
-            )
+        if token_id >= vocab_size:
+            raise InvalidRequest(field, f"names token {token_id}, must be below the vocabulary size {vocab_size}")
         if math.isnan(bias) or abs(bias) > MAX_BIAS:
             raise InvalidRequest(field, f"is {bias:g} for token {token_id}, must be in [-{MAX_BIAS:g}, {MAX_BIAS:g}]")
     return tuple(sorted(proto.logit_bias.items()))

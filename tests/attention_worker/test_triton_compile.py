@@ -9,9 +9,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+import numpy as np
 import torch
 
-from attention_worker.kernels import triton_attention, triton_gate, triton_norm, triton_rotary
+from attention_worker.kernels import triton_attention, triton_gate, triton_lora, triton_norm, triton_rotary
+from attention_worker.kernels.low_rank import OUT, QKV, Projections, Segments
 from attention_worker.step_batch import StepBatch
 from grokmoe.model_config import GROK1
 from grokmoe.step_plan import SequenceChunk
@@ -92,6 +94,30 @@ def test_float32() -> None:
     # Plain float32 arithmetic: tensor cores would round the operands to TF32.
     assert kernel.count("FFMA"), kernel.opcodes
     assert kernel.count("HMMA") == 0, kernel.opcodes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("projections", [QKV, OUT], ids=["qkv", "o"])
+@pytest.mark.parametrize("target", [SM_80, SM_90, SM_100, GFX_942], ids=lambda target: str(target.arch))
+def test_corrections_of_low_rank(target: GPUTarget, projections: Projections, dtype: torch.dtype) -> None:
+    """Two adapters of rank 16 in a decode step of 32: products on the matrix units, nothing moved one by one, though
+    the kernels have but the addresses of the weights."""
+    outs = {QKV: (D, K * 128, K * 128), OUT: (D,)}[projections]
+    entries = [(0, 0, 16, 0, num_out, 0) for num_out in (*outs, 0, 0, 0)]
+    entries = entries[:4] if projections is QKV else [*entries[1:4], entries[0]]
+    table = np.array([[entries, entries]])
+    segments = Segments(np.arange(32), (20, 12), (), table)
+    x_TI, y_TO = meta(32, D, dtype=dtype), meta(32, sum(outs), dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch, compiling(target) as launches:
+        patch.setattr(triton_lora, "to_device", lambda tensor, device: tensor.to(device))
+        triton_lora.add_low_rank(y_TO, x_TI, segments, 0, projections)
+    into, out_of = launches
+    for kernel in launches:
+        assert_fits(target, kernel)
+        if dtype is torch.bfloat16:
+            assert kernel.count("HMMA", "v_mfma"), kernel.opcodes
+        assert kernel.count("LDG.E.U16", "STG.E.U16") == 0, "weights or outputs are moved one by one"
+    assert (into.grid, out_of.grid) == ((3, len(outs), 4), (3, D // 128, len(outs)))
 
 
 def test_small_kernels() -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from attention_worker.engine import AttentionEngine, AttentionEngineSettings, MoeInput, StepRun
+from attention_worker.lora.adapter import Base
+from attention_worker.lora.sources import AdapterSources
+from attention_worker.lora.store import AdapterStore
+from attention_worker.sharding import Shard
 from attention_worker.weights import AttentionWeights, load_weights
 from expert_worker import weights as expert_weights
 from expert_worker.experts import ExpertSet
 from grokmoe import tensor_names
 from grokmoe.checkpoint import Checkpoint
 from grokmoe.device_thread import DeviceThread
+from grokmoe.linear import new_linear
 from grokmoe.step_plan import SequenceChunk, StepPlan, StepResult
 from grokmoe.telemetry import AttentionMetrics, new_registry
 from router.legs import Legs
@@ -51,11 +58,35 @@ def moe() -> LocalMoe:
 
 
 def attention_engine(
-    num_pages: int = 64, page_size: int = 8, max_step_tokens: int = 512, held: range = range(CONFIG.num_layers)
+    num_pages: int = 64,
+    page_size: int = 8,
+    max_step_tokens: int = 512,
+    held: range = range(CONFIG.num_layers),
+    adapters: AdapterStore | None = None,
 ) -> AttentionEngine:
     """A worker just started."""
     sizes = AttentionEngineSettings(num_pages, page_size, max_step_tokens)
-    return AttentionEngine(CONFIG, _weights(held), sizes, AttentionMetrics(new_registry()), device())
+    return AttentionEngine(CONFIG, _weights(held), sizes, AttentionMetrics(new_registry()), device(), adapters=adapters)
+
+
+def read_tensor(name: str) -> torch.Tensor:
+    """One of the model's tensors."""
+    with Checkpoint.open(goldens.DIRECTORY) as checkpoint:
+        return checkpoint.read(name, DTYPE)
+
+
+def adapter_store(
+    named: Mapping[str, Path],
+    root: Path | None = None,
+    max_bytes: int = 1 << 30,
+    held: range = range(CONFIG.num_layers),
+) -> AdapterStore:
+    """Adapters of tiny-a, those named loaded."""
+    base = Base(CONFIG, held, Shard.whole(CONFIG), DTYPE, torch.device("cpu"), read_tensor, new_linear)
+    sources = AdapterSources(named, root)
+    store = AdapterStore(base, sources, max_bytes, AttentionMetrics(new_registry()), device())
+    store.load_named()
+    return store
 
 
 def plan(engine: AttentionEngine, *chunks: SequenceChunk) -> StepPlan:
