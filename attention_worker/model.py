@@ -64,7 +64,7 @@ class Model:
         """
         batch.check_pages(self._cache.num_pages)
         batch = batch.to(self._device)
-        h_TD = self._embed(batch.token_ids_T) if hidden_TD is None else hidden_TD.to(self._device, copy=True)
+        h_TD = self._embed(batch) if hidden_TD is None else hidden_TD.to(self._device, copy=True)
         rotation = self._rope.angles(batch.positions_T)
         self.clock.lap("embed")
         for index, layer in enumerate(self._weights.layers):
@@ -98,12 +98,18 @@ class Model:
         self.clock.lap("norm")
         return x_TD
 
-    def _embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """The residual stream starts here. It is float32 in every mode, from one stage to the next as well: rounding it
-        to bfloat16 at each of its 2 L additions would be the largest error of all (docs/log.md)."""
+    def _embed(self, batch: StepBatch) -> torch.Tensor:
+        """The residual stream starts here, with the rows that callers have sent in place of those of the table.
+
+        It is float32 in every mode, from one stage to the next as well: rounding it to bfloat16 at each of its 2 L
+        additions would be the largest error of all (docs/log.md).
+        """
         embedding_VD = self._weights.embedding_VD
         assert embedding_VD is not None, "checked: only a plan for the first layer comes without a hidden state"
-        return self._sharding.embed(embedding_VD, token_ids_T, self._config.embedding_multiplier)
+        h_TD = self._sharding.embed(embedding_VD, batch.token_ids_T, self._config.embedding_multiplier)
+        for first, rows_RD in batch.embeds:
+            h_TD[first : first + len(rows_RD)] = rows_RD.to(self._device)
+        return h_TD
 
     def _attend(
         self, index: int, layer: LayerWeights, x_TD: torch.Tensor, rotation: Rotation, batch: StepBatch

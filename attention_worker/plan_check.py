@@ -90,6 +90,8 @@ class PlanCheck:
                 f"{field}.token_ids",
                 f"holds {largest}, must be below the vocabulary size {self._config.vocab_size}",
             )
+        if chunk.embeds is not None:
+            self._check_embeds(field, chunk)
         end = chunk.start + len(chunk.token_ids)
         if chunk.start < 0 or end > self._config.context_length:
             raise InvalidRequest(
@@ -106,6 +108,18 @@ class PlanCheck:
             raise InvalidRequest(f"{field}.page_ids", f"holds {max(chunk.page_ids)}, must be below {self._num_pages}")
         if len(set(chunk.page_ids)) != needed:
             raise InvalidRequest(f"{field}.page_ids", "names a page twice")
+
+    def _check_embeds(self, field: str, chunk: SequenceChunk) -> None:
+        """Rows in place of token ids: here if the model begins here, and not more than there are tokens."""
+        rows, first, field = chunk.embeds, self._held.start, f"{field}.num_embeds"
+        if first:
+            raise InvalidRequest(field, f"is {len(rows)}, layer {first} begins with no tokens")
+        if len(rows) > len(chunk.token_ids):
+            raise InvalidRequest(field, f"is {len(rows)}, the chunk has {len(chunk.token_ids)} tokens")
+        expected = (len(rows), self._config.hidden_size)
+        if tuple(rows.shape) != expected or rows.dtype != torch.float32:
+            found = f"{rows.dtype} {list(rows.shape)}"
+            raise InvalidRequest("payload", f"holds {found} for token ids, must be float32 {list(expected)}")
 
     def _check_writes(self, field: str, chunk: SequenceChunk, written: set[int]) -> None:
         """No two chunks may write into one page: what one sequence writes another would read."""

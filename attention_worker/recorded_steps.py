@@ -183,5 +183,6 @@ def can_be_recorded(chunks: tuple[SequenceChunk, ...]) -> bool:
         and chunk.sampling.num_logprobs != WHOLE_VOCABULARY
         and chunk.logits is LogitsScope.NONE
         and chunk.scoring is None
+        and chunk.embeds is None
         for chunk in chunks
     )

@@ -90,6 +90,12 @@ class StepBatch:
         token_ids_T, positions_T, slots_T = to_device(torch.stack(tensors), device)
         return replace(self, token_ids_T=token_ids_T, positions_T=positions_T, slots_T=slots_T)
 
+    @functools.cached_property
+    def embeds(self) -> list[tuple[int, torch.Tensor]]:
+        """Rows in place of those of the embedding table: the first of the step's, and what is there."""
+        firsts = self.spans.first_row_C.tolist()
+        return [(row, chunk.embeds) for row, chunk in zip(firsts, self.chunks, strict=True) if chunk.embeds is not None]
+
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """What a kernel makes of the batch at the step's first layer and uses at the others."""
         if key not in self._kept:

@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar, Unpack
 
+from grokmoe.embeds import Embeds
 from grokmoe.errors import InvalidRequest, Reason
 from grokmoe.v1 import generation_pb2 as pb
 
-Prompt = str | Sequence[int]
-"""Text, which the server tokenises, or token ids."""
+Prompt = str | Sequence[int] | Embeds
+"""Text, which the server tokenises, or token ids, or rows in their place; not for a score."""
 
 R = TypeVar("R", pb.GenerateRequest, pb.ScoreRequest)
 
@@ -166,6 +167,10 @@ def _build(request: R, prompt: Prompt, given: Mapping[str, Any]) -> R:
         raise TypeError("a prompt is text or token ids, not bytes")
     if isinstance(prompt, str):
         _set(request, "text", prompt)
+    elif isinstance(prompt, Embeds):
+        if not isinstance(request, pb.GenerateRequest):
+            raise TypeError("a score is of token ids, which a prompt of Embeds has none of")
+        request.inputs_embeds.CopyFrom(prompt.to_message())
     else:
         with _invalid("token_ids"):
             request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))

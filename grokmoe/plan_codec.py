@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from grokmoe.errors import InvalidRequest
 from grokmoe.step_plan import (
     LogitsScope,
@@ -28,7 +30,7 @@ assert {int(wire): int(scope) for wire, scope in _SCOPES.items()} == {int(scope)
 
 
 def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
-    """Renders a plan for the wire, without its hidden state: that is the message's payload."""
+    """Renders a plan for the wire, without its tensors: those are the message's payload (`plan_payload`)."""
     proto = attention_pb2.StepPlan(incarnation=plan.incarnation, traceparents=plan.traceparents)
     for chunk in plan.chunks:
         scoring = None
@@ -43,8 +45,18 @@ def plan_to_proto(plan: StepPlan) -> attention_pb2.StepPlan:
             sampling=None if chunk.sampling is None else _sampling_to_proto(chunk.sampling),
             logits=chunk.logits.value,
             scoring=scoring,
+            num_embeds=0 if chunk.embeds is None else len(chunk.embeds),
         )
     return proto
+
+
+def plan_payload(plan: StepPlan) -> Any:
+    """The payload beside a plan on the wire: its hidden state, or the rows of its chunks; None: it has neither."""
+    rows = [chunk.embeds for chunk in plan.chunks if chunk.embeds is not None]
+    assert not rows or plan.hidden_state is None, "who goes on with a hidden state has no use for its beginning"
+    if not rows:
+        return plan.hidden_state
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _sampling_to_proto(how: TokenSampling) -> attention_pb2.TokenSampling:
@@ -71,10 +83,22 @@ def _sampling_to_proto(how: TokenSampling) -> attention_pb2.TokenSampling:
     )
 
 
-def plan_from_proto(proto: attention_pb2.StepPlan, hidden_state: Any = None) -> StepPlan:
-    """Reads a plan from the wire. Whether it can be run is for the attention worker to check. hidden_state: the
-    message's payload, or None."""
+def num_payload_rows(proto: attention_pb2.StepPlan, is_hidden_state: bool) -> int:
+    """How many rows the payload of a plan has. is_hidden_state: what it is if no chunk has rows of its own."""
+    num_embeds = sum(chunk.num_embeds for chunk in proto.chunks)
+    return num_embeds or (sum(len(chunk.token_ids) for chunk in proto.chunks) if is_hidden_state else 0)
+
+
+def plan_from_proto(proto: attention_pb2.StepPlan, payload: Any = None) -> StepPlan:
+    """Reads a plan from the wire. Whether it can be run is for the attention worker to check. payload: the message's,
+    or None. Raises InvalidRequest when it has not the rows of the chunks."""
     chunks = []
+    hidden_state, embeds = payload, None
+    if num_embeds := sum(chunk.num_embeds for chunk in proto.chunks):
+        if payload is None or len(payload.shape) != 2 or len(payload) != num_embeds:
+            found = "is missing" if payload is None else f"is {list(payload.shape)}"
+            raise InvalidRequest("payload", f"{found}, the chunks have {num_embeds} rows in place of token ids")
+        hidden_state, embeds = None, iter(payload.split([chunk.num_embeds for chunk in proto.chunks]))
     for chunk in proto.chunks:
         try:
             scope = LogitsScope(int(chunk.logits))
@@ -91,6 +115,7 @@ def plan_from_proto(proto: attention_pb2.StepPlan, hidden_state: Any = None) -> 
                 _sampling_from_proto(chunk.sampling) if chunk.HasField("sampling") else None,
                 scope,
                 scoring,
+                rows if embeds is not None and len(rows := next(embeds)) else None,
             )
         )
     return StepPlan(proto.incarnation, tuple(chunks), hidden_state, tuple(proto.traceparents))

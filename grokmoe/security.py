@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import grpc
 
 from grokmoe.access import AccessTable, watch_access
+from grokmoe.channel import MAX_MESSAGE_BYTES
 from grokmoe.errors import ConfigError
 from grokmoe.server_tls import server_credentials
 from grokmoe.settings import setting
@@ -47,6 +48,10 @@ class SecuritySettings:
         0.0, "seconds after which a connection gets no new calls, so that callers spread anew; 0: never"
     )
 
+    max_request_mb: int = setting(
+        4, "MiB of one message from a client, at most 64; long prompts as inputs_embeds need more than the default"
+    )
+
     def __post_init__(self) -> None:
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key go together")
@@ -56,6 +61,9 @@ class SecuritySettings:
             raise ConfigError(f"max_calls is {self.max_calls}, must be at least 1")
         if not self.max_connection_age >= 0:
             raise ConfigError(f"max_connection_age is {self.max_connection_age}, must be at least 0")
+        most = MAX_MESSAGE_BYTES >> 20
+        if not 1 <= self.max_request_mb <= most:
+            raise ConfigError(f"max_request_mb is {self.max_request_mb}, must be from 1 to {most}")
 
     @property
     def is_open(self) -> bool:
@@ -72,9 +80,11 @@ class SecuritySettings:
         """The tokens; None: nobody is asked for one. Raises ConfigError."""
         return watch_access(self.tokens_file) if self.tokens_file else None
 
-    def channel_options(self) -> tuple[tuple[str, int], ...]:
-        """Options of the server's connections."""
+    def channel_options(self, is_client_facing: bool) -> tuple[tuple[str, int], ...]:
+        """Options of the server's connections. is_client_facing: callers are not the cluster's own."""
         options = [("grpc.max_concurrent_streams", self.max_calls)]
+        if is_client_facing:
+            options.append(("grpc.max_receive_message_length", self.max_request_mb << 20))
         if self.max_connection_age:
             options.append(("grpc.max_connection_age_ms", int(self.max_connection_age * 1000)))
         return tuple(options)

@@ -277,7 +277,7 @@ class RoleServer:
         is_client_facing = not any(service.scope is Scope.CLUSTER for service in services)
         authentication = self._authentication(refused)
         self._server = grpc.aio.server(
-            options=_options(is_client_facing, self._security.channel_options()),
+            options=_options(is_client_facing, self._security.channel_options(is_client_facing)),
             interceptors=[*interceptors, *authentication],
         )
         self._local = LocalServer(_raw_streams(services), *(each.prove for each in authentication))

@@ -99,6 +99,8 @@ class SequenceChunk:
     page_ids: pages of positions 0 .. start + len(token_ids) - 1.
     sampling: set when the last token's successor is wanted.
     scoring: set when given tokens are to be judged.
+    embeds: what the residual of the first tokens begins with, in place of what their ids give: float32 tensor
+        [at most all of them, hidden_size]; None: of no token.
     """
 
     token_ids: tuple[int, ...]
@@ -107,6 +109,7 @@ class SequenceChunk:
     sampling: TokenSampling | None = None
     logits: LogitsScope = LogitsScope.NONE
     scoring: TokenScoring | None = None
+    embeds: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -59,13 +59,13 @@ def wire_dtype(dtype: torch.dtype) -> Any:
     return _WIRE_BY_TORCH[dtype]
 
 
-def torch_dtype(wire: int) -> torch.dtype:
-    """The torch type of an enum value. InvalidRequest for a value that has no codec."""
+def torch_dtype(wire: int, field: str = "payload") -> torch.dtype:
+    """The torch type of an enum value. InvalidRequest, naming what of `field` it is, for a value that has no codec."""
     try:
         return _TORCH_BY_WIRE[wire]
     except KeyError:
         known = ", ".join(tensor_pb2.DataType.Name(value) for value in _TORCH_BY_WIRE)
-        raise InvalidRequest("payload.dtype", f"is {wire}, must be one of {known}") from None
+        raise InvalidRequest(f"{field}.dtype", f"is {wire}, must be one of {known}") from None
 
 
 def _varint(value: int) -> bytes:
@@ -153,19 +153,23 @@ def _decode_tensor(data: bytes, begin: int, end: int) -> torch.Tensor:
             shape.append(_read_varint(data, value)[0])
         elif number == 3 and kind == _BYTES:
             at, size = value, stop - value
+    return _as_tensor("payload", wire, shape, data, at, size)
+
+
+def _as_tensor(field: str, wire: int, shape: Sequence[int], data: bytes, at: int, size: int) -> torch.Tensor:
+    """The tensor in `size` bytes from `at` on. Raises InvalidRequest, naming what of `field` is wrong."""
     if len(shape) > MAX_DIMS:
-        raise InvalidRequest("payload.shape", f"has more than {MAX_DIMS} dimensions")
+        raise InvalidRequest(f"{field}.shape", f"has more than {MAX_DIMS} dimensions")
     if max(shape, default=0) > _MAX_EXTENT:
-        raise InvalidRequest("payload.shape", f"holds {max(shape)}, must be at most {_MAX_EXTENT}")
-    dtype = torch_dtype(wire)
+        raise InvalidRequest(f"{field}.shape", f"holds {max(shape)}, must be at most {_MAX_EXTENT}")
+    dtype = torch_dtype(wire, field)
     count = math.prod(shape)
     if size != count * dtype.itemsize:
-        raise InvalidRequest(
-            "payload.data", f"has {size} bytes, shape {shape} of {dtype} needs {count * dtype.itemsize}"
-        )
+        needed = count * dtype.itemsize
+        raise InvalidRequest(f"{field}.data", f"has {size} bytes, shape {list(shape)} of {dtype} needs {needed}")
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=at).reshape(shape)
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=at).reshape(tuple(shape))
 
 
 def _parse(kind: type[M], data: bytes) -> tuple[M, tuple[int, int] | None]:
@@ -206,6 +210,18 @@ def decode(kind: type[M], data: bytes) -> tuple[M, torch.Tensor | None]:
     """
     message, span = _parse(kind, data)
     return message, _payload(data, span)
+
+
+def from_message(message: tensor_pb2.Tensor, field: str) -> torch.Tensor:
+    """A tensor that is no payload but a field of an ordinary message. It must not be written to.
+
+    Raises InvalidRequest, naming what of `field` it is, when dtype, shape and length of the data disagree.
+    """
+    data = message.data
+    try:
+        return _as_tensor(field, message.dtype, message.shape, data, 0, len(data))
+    except (RuntimeError, TypeError) as error:  # extents beyond what torch can hold
+        raise _malformed(field, "grokmoe.v1.Tensor", error) from error
 
 
 def encode_rows(header: Any, rows_ND: torch.Tensor, id_field: str, max_bytes: int = MAX_CHUNK_BYTES) -> Iterator[bytes]:

@@ -20,18 +20,22 @@ from collections.abc import Iterable, Sequence
 HASH_BYTES = 16
 """Length of a page hash. At 128 bits equal hashes mean equal tokens: a match is not compared again."""
 
-_ROOT_HASH = bytes(HASH_BYTES)
+ROOT = bytes(HASH_BYTES)
+"""What the first page's hash begins with where ids and the model alone decide keys and values."""
 
 
-def extend_page_hashes(hashes: list[bytes], token_ids: Sequence[int], page_size: int, num_pages: int) -> None:
+def extend_page_hashes(
+    hashes: list[bytes], token_ids: Sequence[int], page_size: int, num_pages: int, root: bytes = ROOT
+) -> None:
     """Extends a chain of page hashes, in place, to cover the first `num_pages` pages of `token_ids`.
 
     A page's hash covers its own tokens and its parent's hash, so it names the whole prefix up to its end. What the
     chain holds already is not hashed again.
+    root: what else decides its keys and values, HASH_BYTES.
     """
     assert num_pages * page_size <= len(token_ids), "only full pages have a hash"
     for index in range(len(hashes), num_pages):
-        parent = hashes[index - 1] if index else _ROOT_HASH
+        parent = hashes[index - 1] if index else root
         content = array("I", token_ids[index * page_size : (index + 1) * page_size]).tobytes()
         hashes.append(hashlib.blake2b(parent + content, digest_size=HASH_BYTES).digest())
 

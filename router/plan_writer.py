@@ -35,6 +35,7 @@ def _write_chunk(chunk: Chunk) -> SequenceChunk:
         _sampling(chunk.sequence) if chunk.wants_token else None,
         LogitsScope.ALL if chunk.sequence.request.logits else LogitsScope.NONE,
         _scoring(chunk),
+        None if (embeds := chunk.sequence.request.embeds) is None else embeds.chunk(chunk.start, chunk.end),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 _SEED_STEP = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 64) - 1
@@ -54,6 +54,23 @@ class Grammar(Protocol):
         """The state before the first token."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """A prompt that has no token ids.
+
+    rows_TD: what the residual begins with, tensor [tokens, hidden_size] of float32 or bfloat16.
+    digest: names these rows, HASH_BYTES of router/pages.py.
+    """
+
+    rows_TD: Any
+    digest: bytes
+
+    def chunk(self, start: int, end: int) -> Any:
+        """The rows of positions [start, end) that are the prompt's, float32; None: there are none."""
+        rows = self.rows_TD[start:end]
+        return rows.float() if len(rows) else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """What a client asked for, validated.
@@ -66,6 +83,7 @@ class Request:
     grammar: what form the output must have.
     resumed_ids: output that the caller has already, from before its stream broke; it counts as output in every way.
     logits: the logits of every position are wanted.
+    embeds: what stands in place of the prompt's ids, which are then zeros, one for each row; None: ids are ids.
     """
 
     request_id: str
@@ -80,3 +98,4 @@ class Request:
     grammar: Grammar | None = None
     resumed_ids: tuple[int, ...] = ()
     logits: bool = False
+    embeds: PromptEmbeds | None = None

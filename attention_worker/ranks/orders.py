@@ -3,7 +3,7 @@
 A step is announced by its plan, of which followers need what fills the pages and chooses the rows of logits; what only
 the sampler looks at stays with rank 0, which alone draws tokens.
 
-Shapes: T tokens of the step, D hidden.
+Shapes: T tokens of the step, D hidden, R rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import enum
 import torch
 
 from attention_worker.sharding.messages import Messages
-from grokmoe.plan_codec import plan_from_proto, plan_to_proto
+from grokmoe.plan_codec import num_payload_rows, plan_from_proto, plan_payload, plan_to_proto
 from grokmoe.step_plan import GREEDY, SequenceChunk, StepPlan
 from grokmoe.v1 import attention_pb2
 
@@ -41,23 +41,23 @@ class OrderKind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Order:
-    """kind; step: which, of several under way; num_bytes: of the plan that follows; has_hidden: whether a residual
-    follows."""
+    """kind; step: which, of several under way; num_bytes: of the plan that follows; has_rows: whether a residual
+    follows, or what some tokens begin with."""
 
     kind: OrderKind
     step: int = 0
     num_bytes: int = 0
-    has_hidden: bool = False
+    has_rows: bool = False
 
     def to_tensor(self) -> torch.Tensor:
         """int64 [4]."""
-        return torch.tensor((self.kind, self.step, self.num_bytes, self.has_hidden), dtype=torch.int64)
+        return torch.tensor((self.kind, self.step, self.num_bytes, self.has_rows), dtype=torch.int64)
 
     @classmethod
     def from_tensor(cls, header: torch.Tensor) -> Order:
         """ValueError for a kind that there is not."""
-        kind, step, num_bytes, has_hidden = header.tolist()
-        return cls(OrderKind(kind), step, num_bytes, bool(has_hidden))
+        kind, step, num_bytes, has_rows = header.tolist()
+        return cls(OrderKind(kind), step, num_bytes, bool(has_rows))
 
 
 class Orders:
@@ -77,11 +77,11 @@ class Orders:
     def tell_begin(self, step: int, plan: StepPlan) -> None:
         """BEGIN, with all that followers need of the plan."""
         data = plan_to_proto(_for_followers(plan)).SerializeToString()
-        hidden_TD = plan.hidden_state
-        self.tell(Order(OrderKind.BEGIN, step, len(data), hidden_TD is not None))
+        rows_RD = plan_payload(plan)
+        self.tell(Order(OrderKind.BEGIN, step, len(data), rows_RD is not None))
         self.host.tell(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        if hidden_TD is not None:
-            self.device.tell(hidden_TD.to(self._torch_device).contiguous())
+        if rows_RD is not None:
+            self.device.tell(rows_RD.to(self._torch_device).contiguous())
 
     def tell_go_on(self, step: int, moe_TD: torch.Tensor) -> torch.Tensor:
         """GO_ON. Returns the MoE output, on the model's device."""
@@ -100,13 +100,13 @@ class Orders:
         """What follows a BEGIN."""
         data = torch.empty(order.num_bytes, dtype=torch.uint8)
         self.host.hear(data)
-        plan = plan_from_proto(attention_pb2.StepPlan.FromString(data.numpy().tobytes()))
-        if not order.has_hidden:
-            return plan
-        num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
-        hidden_TD = torch.empty(num_tokens, hidden_size, device=self._torch_device)
-        self.device.hear(hidden_TD)
-        return dataclasses.replace(plan, hidden_state=hidden_TD)
+        plan = attention_pb2.StepPlan.FromString(data.numpy().tobytes())
+        if not order.has_rows:
+            return plan_from_proto(plan)
+        num_rows = num_payload_rows(plan, is_hidden_state=True)
+        rows_RD = torch.empty(num_rows, hidden_size, device=self._torch_device)
+        self.device.hear(rows_RD)
+        return plan_from_proto(plan, rows_RD)
 
     def hear_rows(self, like_TD: torch.Tensor) -> torch.Tensor:
         """What follows a GO_ON. like_TD: the MoE input; the output has its shape and type."""

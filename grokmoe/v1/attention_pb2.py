@@ -26,7 +26,7 @@ from grokmoe.v1 import failure_pb2 as grokmoe_dot_v1_dot_failure__pb2
 from grokmoe.v1 import tensor_pb2 as grokmoe_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1agrokmoe/v1/attention.proto\x12\ngrokmoe.v1\x1a\x18grokmoe/v1/failure.proto\x1a\x17grokmoe/v1/tensor.proto\"-\n\x18\x41ttentionDescribeRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\xa1\x02\n\x19\x41ttentionDescribeResponse\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.grokmoe.v1.DataType\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x13\n\x0blayer_begin\x18\x05 \x01(\r\x12\x11\n\tlayer_end\x18\x06 \x01(\r\x12\x11\n\tnum_pages\x18\x07 \x01(\r\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\t \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x17\n\x0ftensor_parallel\x18\r \x01(\r\"l\n\tPenalties\x12\x12\n\nrepetition\x18\x01 \x01(\x02\x12\x11\n\tfrequency\x18\x02 \x01(\x02\x12\x10\n\x08presence\x18\x03 \x01(\x02\x12\x12\n\nprompt_ids\x18\x04 \x01(\x0c\x12\x12\n\noutput_ids\x18\x05 \x01(\x0c\"\xe6\x01\n\rTokenSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x10\n\x08\x62ias_ids\x18\x06 \x03(\r\x12\x0c\n\x04\x62ias\x18\x07 \x03(\x02\x12(\n\tpenalties\x18\x08 \x01(\x0b\x32\x15.grokmoe.v1.Penalties\x12\x0f\n\x07\x61llowed\x18\t \x01(\x0c\x12\x19\n\x0cnum_logprobs\x18\n \x01(\x05H\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"B\n\x0cTokenScoring\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x12\n\ntarget_ids\x18\x02 \x03(\r\x12\x0f\n\x07num_top\x18\x03 \x01(\x05\"\xc4\x01\n\rSequenceChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.grokmoe.v1.TokenSampling\x12\'\n\x06logits\x18\x05 \x01(\x0e\x32\x17.grokmoe.v1.LogitsScope\x12)\n\x07scoring\x18\x06 \x01(\x0b\x32\x18.grokmoe.v1.TokenScoring\"`\n\x08StepPlan\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12)\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x19.grokmoe.v1.SequenceChunk\x12\x14\n\x0ctraceparents\x18\x0e \x03(\t\"\x8e\x01\n\x0bStepRequest\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.grokmoe.v1.StepPlan\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x16\n\x0eremaining_rows\x18\x04 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\"z\n\x0cLogprobTable\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"{\n\nStepResult\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.grokmoe.v1.LogprobTable\x12\x15\n\rfaulty_chunks\x18\x03 \x03(\r\x12\x17\n\x0fis_hidden_state\x18\x04 \x01(\x08\"\xb9\x02\n\x0cStepResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x16\n\x0eremaining_rows\x18\x03 \x01(\r\x12&\n\x06result\x18\x04 \x01(\x0b\x32\x16.grokmoe.v1.StepResult\x12$\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.grokmoe.v1.Failure\x12\x12\n\ncompute_ns\x18\x06 \x01(\x04\x12\x39\n\tstages_ns\x18\x07 \x03(\x0b\x32&.grokmoe.v1.StepResponse.StagesNsEntry\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\x1a/\n\rStagesNsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*A\n\x0bLogitsScope\x12\x1c\n\x18LOGITS_SCOPE_UNSPECIFIED\x10\x00\x12\x14\n\x10LOGITS_SCOPE_ALL\x10\x02\x32\xa3\x01\n\tAttention\x12W\n\x08\x44\x65scribe\x12$.grokmoe.v1.AttentionDescribeRequest\x1a%.grokmoe.v1.AttentionDescribeResponse\x12=\n\x04Step\x12\x17.grokmoe.v1.StepRequest\x1a\x18.grokmoe.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1agrokmoe/v1/attention.proto\x12\ngrokmoe.v1\x1a\x18grokmoe/v1/failure.proto\x1a\x17grokmoe/v1/tensor.proto\"-\n\x18\x41ttentionDescribeRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\xa1\x02\n\x19\x41ttentionDescribeResponse\x12\x13\n\x0b\x63onfig_hash\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.grokmoe.v1.DataType\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x13\n\x0blayer_begin\x18\x05 \x01(\r\x12\x11\n\tlayer_end\x18\x06 \x01(\r\x12\x11\n\tnum_pages\x18\x07 \x01(\r\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\t \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x17\n\x0ftensor_parallel\x18\r \x01(\r\"l\n\tPenalties\x12\x12\n\nrepetition\x18\x01 \x01(\x02\x12\x11\n\tfrequency\x18\x02 \x01(\x02\x12\x10\n\x08presence\x18\x03 \x01(\x02\x12\x12\n\nprompt_ids\x18\x04 \x01(\x0c\x12\x12\n\noutput_ids\x18\x05 \x01(\x0c\"\xe6\x01\n\rTokenSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x10\n\x08\x62ias_ids\x18\x06 \x03(\r\x12\x0c\n\x04\x62ias\x18\x07 \x03(\x02\x12(\n\tpenalties\x18\x08 \x01(\x0b\x32\x15.grokmoe.v1.Penalties\x12\x0f\n\x07\x61llowed\x18\t \x01(\x0c\x12\x19\n\x0cnum_logprobs\x18\n \x01(\x05H\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"B\n\x0cTokenScoring\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x12\n\ntarget_ids\x18\x02 \x03(\r\x12\x0f\n\x07num_top\x18\x03 \x01(\x05\"\xd8\x01\n\rSequenceChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.grokmoe.v1.TokenSampling\x12\'\n\x06logits\x18\x05 \x01(\x0e\x32\x17.grokmoe.v1.LogitsScope\x12)\n\x07scoring\x18\x06 \x01(\x0b\x32\x18.grokmoe.v1.TokenScoring\x12\x12\n\nnum_embeds\x18\x08 \x01(\r\"`\n\x08StepPlan\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12)\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x19.grokmoe.v1.SequenceChunk\x12\x14\n\x0ctraceparents\x18\x0e \x03(\t\"\x8e\x01\n\x0bStepRequest\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.grokmoe.v1.StepPlan\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x16\n\x0eremaining_rows\x18\x04 \x01(\r\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\"z\n\x0cLogprobTable\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"{\n\nStepResult\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.grokmoe.v1.LogprobTable\x12\x15\n\rfaulty_chunks\x18\x03 \x03(\r\x12\x17\n\x0fis_hidden_state\x18\x04 \x01(\x08\"\xb9\x02\n\x0cStepResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x16\n\x0eremaining_rows\x18\x03 \x01(\r\x12&\n\x06result\x18\x04 \x01(\x0b\x32\x16.grokmoe.v1.StepResult\x12$\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.grokmoe.v1.Failure\x12\x12\n\ncompute_ns\x18\x06 \x01(\x04\x12\x39\n\tstages_ns\x18\x07 \x03(\x0b\x32&.grokmoe.v1.StepResponse.StagesNsEntry\x12#\n\x07payload\x18\x0f \x01(\x0b\x32\x12.grokmoe.v1.Tensor\x1a/\n\rStagesNsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*A\n\x0bLogitsScope\x12\x1c\n\x18LOGITS_SCOPE_UNSPECIFIED\x10\x00\x12\x14\n\x10LOGITS_SCOPE_ALL\x10\x02\x32\xa3\x01\n\tAttention\x12W\n\x08\x44\x65scribe\x12$.grokmoe.v1.AttentionDescribeRequest\x1a%.grokmoe.v1.AttentionDescribeResponse\x12=\n\x04Step\x12\x17.grokmoe.v1.StepRequest\x1a\x18.grokmoe.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STEPRESPONSE_STAGESNSENTRY']._loaded_options = None
   _globals['_STEPRESPONSE_STAGESNSENTRY']._serialized_options = b'8\001'
-  _globals['_LOGITSSCOPE']._serialized_start=1850
-  _globals['_LOGITSSCOPE']._serialized_end=1915
+  _globals['_LOGITSSCOPE']._serialized_start=1870
+  _globals['_LOGITSSCOPE']._serialized_end=1935
   _globals['_ATTENTIONDESCRIBEREQUEST']._serialized_start=93
   _globals['_ATTENTIONDESCRIBEREQUEST']._serialized_end=138
   _globals['_ATTENTIONDESCRIBERESPONSE']._serialized_start=141
@@ -48,19 +48,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENSCORING']._serialized_start=775
   _globals['_TOKENSCORING']._serialized_end=841
   _globals['_SEQUENCECHUNK']._serialized_start=844
-  _globals['_SEQUENCECHUNK']._serialized_end=1040
-  _globals['_STEPPLAN']._serialized_start=1042
-  _globals['_STEPPLAN']._serialized_end=1138
-  _globals['_STEPREQUEST']._serialized_start=1141
-  _globals['_STEPREQUEST']._serialized_end=1283
-  _globals['_LOGPROBTABLE']._serialized_start=1285
-  _globals['_LOGPROBTABLE']._serialized_end=1407
-  _globals['_STEPRESULT']._serialized_start=1409
-  _globals['_STEPRESULT']._serialized_end=1532
-  _globals['_STEPRESPONSE']._serialized_start=1535
-  _globals['_STEPRESPONSE']._serialized_end=1848
-  _globals['_STEPRESPONSE_STAGESNSENTRY']._serialized_start=1801
-  _globals['_STEPRESPONSE_STAGESNSENTRY']._serialized_end=1848
-  _globals['_ATTENTION']._serialized_start=1918
-  _globals['_ATTENTION']._serialized_end=2081
+  _globals['_SEQUENCECHUNK']._serialized_end=1060
+  _globals['_STEPPLAN']._serialized_start=1062
+  _globals['_STEPPLAN']._serialized_end=1158
+  _globals['_STEPREQUEST']._serialized_start=1161
+  _globals['_STEPREQUEST']._serialized_end=1303
+  _globals['_LOGPROBTABLE']._serialized_start=1305
+  _globals['_LOGPROBTABLE']._serialized_end=1427
+  _globals['_STEPRESULT']._serialized_start=1429
+  _globals['_STEPRESULT']._serialized_end=1552
+  _globals['_STEPRESPONSE']._serialized_start=1555
+  _globals['_STEPRESPONSE']._serialized_end=1868
+  _globals['_STEPRESPONSE_STAGESNSENTRY']._serialized_start=1821
+  _globals['_STEPRESPONSE_STAGESNSENTRY']._serialized_end=1868
+  _globals['_ATTENTION']._serialized_start=1938
+  _globals['_ATTENTION']._serialized_end=2101
 # @@protoc_insertion_point(module_scope)

@@ -99,20 +99,22 @@ class TokenScoring(_message.Message):
     def __init__(self, first: _Optional[int] = ..., target_ids: _Optional[_Iterable[int]] = ..., num_top: _Optional[int] = ...) -> None: ...
 
 class SequenceChunk(_message.Message):
-    __slots__ = ("token_ids", "start", "page_ids", "sampling", "logits", "scoring")
+    __slots__ = ("token_ids", "start", "page_ids", "sampling", "logits", "scoring", "num_embeds")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     SCORING_FIELD_NUMBER: _ClassVar[int]
+    NUM_EMBEDS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     start: int
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: TokenSampling
     logits: LogitsScope
     scoring: TokenScoring
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ..., scoring: _Optional[_Union[TokenScoring, _Mapping]] = ...) -> None: ...
+    num_embeds: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., page_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[TokenSampling, _Mapping]] = ..., logits: _Optional[_Union[LogitsScope, str]] = ..., scoring: _Optional[_Union[TokenScoring, _Mapping]] = ..., num_embeds: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("incarnation", "chunks", "traceparents")

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from grokmoe.v1 import tensor_pb2 as grokmoe_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgrokmoe/v1/generation.proto\x12\ngrokmoe.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"s\n\x0fTokenizeOptions\x12\x14\n\x07\x61\x64\x64_bos\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16refuse_control_symbols\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\n\n\x08_add_bosB\x19\n\x17_refuse_control_symbols\"\xd9\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).grokmoe.v1.SamplingParams.LogitBiasEntry\x12\x0e\n\x01n\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x04\n\x02_n\"\xf0\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x17\n\nignore_eos\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x05 \x03(\t\x12 \n\x13include_stop_string\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x16\n\x14_include_stop_string\"\x1a\n\x07\x43hoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"\x95\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x13.grokmoe.v1.ChoicesH\x00\x42\x08\n\x06\x66ormat\"\xd9\x01\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04text\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x16\n\x14_skip_special_tokensB\x07\n\x05_text\"\xfd\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.grokmoe.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.grokmoe.v1.SamplingParams\x12,\n\x08stopping\x18\x05 \x01(\x0b\x32\x1a.grokmoe.v1.StoppingParams\x12-\n\x08response\x18\x06 \x01(\x0b\x32\x1b.grokmoe.v1.ResponseOptions\x12-\n\x08tokenize\x18\x07 \x01(\x0b\x32\x1b.grokmoe.v1.TokenizeOptions\x12\x30\n\nstructured\x18\x08 \x01(\x0b\x32\x1c.grokmoe.v1.StructuredOutput\x12%\n\x07resumed\x18\t \x01(\x0b\x32\x14.grokmoe.v1.TokenIdsB\x08\n\x06prompt\"F\n\x15StreamGenerateRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.grokmoe.v1.GenerateRequest\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"S\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"~\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x42\n\n\x08_logprob\"\xd7\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.grokmoe.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x42\x0c\n\nstopped_by\"\xcb\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\ncandidates\x18\x02 \x03(\x0b\x32\x15.grokmoe.v1.Candidate\x12\x32\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.grokmoe.v1.Usage\x12\"\n\x06timing\x18\x05 \x01(\x0b\x32\x12.grokmoe.v1.Timing\"\xf8\x02\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x12\n\ntext_delta\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.grokmoe.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\t \x01(\tH\x00\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.grokmoe.v1.Usage\x12\"\n\x06timing\x18\x0b \x01(\x0b\x32\x12.grokmoe.v1.TimingB\x0c\n\nstopped_by\"\xc2\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.grokmoe.v1.TokenIdsH\x00\x12-\n\x08tokenize\x18\x04 \x01(\x0b\x32\x1b.grokmoe.v1.TokenizeOptions\x12\x19\n\x0ctop_logprobs\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\x08\n\x06promptB\x0f\n\r_top_logprobs\"\xad\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12\x15\n\rtotal_logprob\x18\x03 \x01(\x01\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.grokmoe.v1.Usage\x12\"\n\x06timing\x18\x05 \x01(\x0b\x32\x12.grokmoe.v1.Timing\"M\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.grokmoe.v1.TokenizeOptions\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xa3\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_hash\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x13\n\x0bnum_experts\x18\x06 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x19\n\x0c\x62os_token_id\x18\x0c \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_bos_token_id*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xc7\x03\n\nGeneration\x12\x45\n\x08Generate\x12\x1b.grokmoe.v1.GenerateRequest\x1a\x1c.grokmoe.v1.GenerateResponse\x12Y\n\x0eStreamGenerate\x12!.grokmoe.v1.StreamGenerateRequest\x1a\".grokmoe.v1.StreamGenerateResponse0\x01\x12<\n\x05Score\x12\x18.grokmoe.v1.ScoreRequest\x1a\x19.grokmoe.v1.ScoreResponse\x12\x45\n\x08Tokenize\x12\x1b.grokmoe.v1.TokenizeRequest\x1a\x1c.grokmoe.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.grokmoe.v1.DetokenizeRequest\x1a\x1e.grokmoe.v1.DetokenizeResponse\x12\x45\n\x08GetModel\x12\x1b.grokmoe.v1.GetModelRequest\x1a\x1c.grokmoe.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgrokmoe/v1/generation.proto\x12\ngrokmoe.v1\x1a\x17grokmoe/v1/tensor.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"s\n\x0fTokenizeOptions\x12\x14\n\x07\x61\x64\x64_bos\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16refuse_control_symbols\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\n\n\x08_add_bosB\x19\n\x17_refuse_control_symbols\"\xd9\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).grokmoe.v1.SamplingParams.LogitBiasEntry\x12\x0e\n\x01n\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x04\n\x02_n\"\xf0\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x17\n\nignore_eos\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x05 \x03(\t\x12 \n\x13include_stop_string\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x16\n\x14_include_stop_string\"\x1a\n\x07\x43hoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"\x95\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x13.grokmoe.v1.ChoicesH\x00\x42\x08\n\x06\x66ormat\"\xd9\x01\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04text\x18\x05 \x01(\x08H\x04\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x16\n\x14_skip_special_tokensB\x07\n\x05_text\"\xaa\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.grokmoe.v1.TokenIdsH\x00\x12+\n\rinputs_embeds\x18\x0b \x01(\x0b\x32\x12.grokmoe.v1.TensorH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.grokmoe.v1.SamplingParams\x12,\n\x08stopping\x18\x05 \x01(\x0b\x32\x1a.grokmoe.v1.StoppingParams\x12-\n\x08response\x18\x06 \x01(\x0b\x32\x1b.grokmoe.v1.ResponseOptions\x12-\n\x08tokenize\x18\x07 \x01(\x0b\x32\x1b.grokmoe.v1.TokenizeOptions\x12\x30\n\nstructured\x18\x08 \x01(\x0b\x32\x1c.grokmoe.v1.StructuredOutput\x12%\n\x07resumed\x18\t \x01(\x0b\x32\x14.grokmoe.v1.TokenIdsB\x08\n\x06prompt\"F\n\x15StreamGenerateRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.grokmoe.v1.GenerateRequest\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"S\n\x06Timing\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"~\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x42\n\n\x08_logprob\"\xd7\x01\n\tCandidate\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.grokmoe.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x42\x0c\n\nstopped_by\"\xcb\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\ncandidates\x18\x02 \x03(\x0b\x32\x15.grokmoe.v1.Candidate\x12\x32\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.grokmoe.v1.Usage\x12\"\n\x06timing\x18\x05 \x01(\x0b\x32\x12.grokmoe.v1.Timing\"\xf8\x02\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x12\n\ntext_delta\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.grokmoe.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\t \x01(\tH\x00\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.grokmoe.v1.Usage\x12\"\n\x06timing\x18\x0b \x01(\x0b\x32\x12.grokmoe.v1.TimingB\x0c\n\nstopped_by\"\xc2\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.grokmoe.v1.TokenIdsH\x00\x12-\n\x08tokenize\x18\x04 \x01(\x0b\x32\x1b.grokmoe.v1.TokenizeOptions\x12\x19\n\x0ctop_logprobs\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\x08\n\x06promptB\x0f\n\r_top_logprobs\"\xad\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.grokmoe.v1.TokenLogprobs\x12\x15\n\rtotal_logprob\x18\x03 \x01(\x01\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.grokmoe.v1.Usage\x12\"\n\x06timing\x18\x05 \x01(\x0b\x32\x12.grokmoe.v1.Timing\"M\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.grokmoe.v1.TokenizeOptions\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xa3\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_hash\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x13\n\x0bnum_experts\x18\x06 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x19\n\x0c\x62os_token_id\x18\x0c \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_bos_token_id*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xc7\x03\n\nGeneration\x12\x45\n\x08Generate\x12\x1b.grokmoe.v1.GenerateRequest\x1a\x1c.grokmoe.v1.GenerateResponse\x12Y\n\x0eStreamGenerate\x12!.grokmoe.v1.StreamGenerateRequest\x1a\".grokmoe.v1.StreamGenerateResponse0\x01\x12<\n\x05Score\x12\x18.grokmoe.v1.ScoreRequest\x1a\x19.grokmoe.v1.ScoreResponse\x12\x45\n\x08Tokenize\x12\x1b.grokmoe.v1.TokenizeRequest\x1a\x1c.grokmoe.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.grokmoe.v1.DetokenizeRequest\x1a\x1e.grokmoe.v1.DetokenizeResponse\x12\x45\n\x08GetModel\x12\x1b.grokmoe.v1.GetModelRequest\x1a\x1c.grokmoe.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,56 +34,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3812
-  _globals['_FINISHREASON']._serialized_end=3934
-  _globals['_TOKENIDS']._serialized_start=43
-  _globals['_TOKENIDS']._serialized_end=66
-  _globals['_TOKENIZEOPTIONS']._serialized_start=68
-  _globals['_TOKENIZEOPTIONS']._serialized_end=183
-  _globals['_SAMPLINGPARAMS']._serialized_start=186
-  _globals['_SAMPLINGPARAMS']._serialized_end=659
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=484
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=532
-  _globals['_STOPPINGPARAMS']._serialized_start=662
-  _globals['_STOPPINGPARAMS']._serialized_end=902
-  _globals['_CHOICES']._serialized_start=904
-  _globals['_CHOICES']._serialized_end=930
-  _globals['_STRUCTUREDOUTPUT']._serialized_start=933
-  _globals['_STRUCTUREDOUTPUT']._serialized_end=1082
-  _globals['_RESPONSEOPTIONS']._serialized_start=1085
-  _globals['_RESPONSEOPTIONS']._serialized_end=1302
-  _globals['_GENERATEREQUEST']._serialized_start=1305
-  _globals['_GENERATEREQUEST']._serialized_end=1686
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=1688
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=1758
-  _globals['_USAGE']._serialized_start=1760
-  _globals['_USAGE']._serialized_end=1840
-  _globals['_TIMING']._serialized_start=1842
-  _globals['_TIMING']._serialized_end=1925
-  _globals['_TOKENLOGPROBS']._serialized_start=1927
-  _globals['_TOKENLOGPROBS']._serialized_end=2053
-  _globals['_CANDIDATE']._serialized_start=2056
-  _globals['_CANDIDATE']._serialized_end=2271
-  _globals['_GENERATERESPONSE']._serialized_start=2274
-  _globals['_GENERATERESPONSE']._serialized_end=2477
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=2480
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=2856
-  _globals['_SCOREREQUEST']._serialized_start=2859
-  _globals['_SCOREREQUEST']._serialized_end=3053
-  _globals['_SCORERESPONSE']._serialized_start=3056
-  _globals['_SCORERESPONSE']._serialized_end=3229
-  _globals['_TOKENIZEREQUEST']._serialized_start=3231
-  _globals['_TOKENIZEREQUEST']._serialized_end=3308
-  _globals['_TOKENIZERESPONSE']._serialized_start=3310
-  _globals['_TOKENIZERESPONSE']._serialized_end=3363
-  _globals['_DETOKENIZEREQUEST']._serialized_start=3365
-  _globals['_DETOKENIZEREQUEST']._serialized_end=3461
-  _globals['_DETOKENIZERESPONSE']._serialized_start=3463
-  _globals['_DETOKENIZERESPONSE']._serialized_end=3497
-  _globals['_GETMODELREQUEST']._serialized_start=3499
-  _globals['_GETMODELREQUEST']._serialized_end=3516
-  _globals['_GETMODELRESPONSE']._serialized_start=3519
-  _globals['_GETMODELRESPONSE']._serialized_end=3810
-  _globals['_GENERATION']._serialized_start=3937
-  _globals['_GENERATION']._serialized_end=4392
+  _globals['_FINISHREASON']._serialized_start=3882
+  _globals['_FINISHREASON']._serialized_end=4004
+  _globals['_TOKENIDS']._serialized_start=68
+  _globals['_TOKENIDS']._serialized_end=91
+  _globals['_TOKENIZEOPTIONS']._serialized_start=93
+  _globals['_TOKENIZEOPTIONS']._serialized_end=208
+  _globals['_SAMPLINGPARAMS']._serialized_start=211
+  _globals['_SAMPLINGPARAMS']._serialized_end=684
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=509
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=557
+  _globals['_STOPPINGPARAMS']._serialized_start=687
+  _globals['_STOPPINGPARAMS']._serialized_end=927
+  _globals['_CHOICES']._serialized_start=929
+  _globals['_CHOICES']._serialized_end=955
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=958
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1107
+  _globals['_RESPONSEOPTIONS']._serialized_start=1110
+  _globals['_RESPONSEOPTIONS']._serialized_end=1327
+  _globals['_GENERATEREQUEST']._serialized_start=1330
+  _globals['_GENERATEREQUEST']._serialized_end=1756
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=1758
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=1828
+  _globals['_USAGE']._serialized_start=1830
+  _globals['_USAGE']._serialized_end=1910
+  _globals['_TIMING']._serialized_start=1912
+  _globals['_TIMING']._serialized_end=1995
+  _globals['_TOKENLOGPROBS']._serialized_start=1997
+  _globals['_TOKENLOGPROBS']._serialized_end=2123
+  _globals['_CANDIDATE']._serialized_start=2126
+  _globals['_CANDIDATE']._serialized_end=2341
+  _globals['_GENERATERESPONSE']._serialized_start=2344
+  _globals['_GENERATERESPONSE']._serialized_end=2547
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=2550
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=2926
+  _globals['_SCOREREQUEST']._serialized_start=2929
+  _globals['_SCOREREQUEST']._serialized_end=3123
+  _globals['_SCORERESPONSE']._serialized_start=3126
+  _globals['_SCORERESPONSE']._serialized_end=3299
+  _globals['_TOKENIZEREQUEST']._serialized_start=3301
+  _globals['_TOKENIZEREQUEST']._serialized_end=3378
+  _globals['_TOKENIZERESPONSE']._serialized_start=3380
+  _globals['_TOKENIZERESPONSE']._serialized_end=3433
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3435
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3531
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3533
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3567
+  _globals['_GETMODELREQUEST']._serialized_start=3569
+  _globals['_GETMODELREQUEST']._serialized_end=3586
+  _globals['_GETMODELRESPONSE']._serialized_start=3589
+  _globals['_GETMODELRESPONSE']._serialized_end=3880
+  _globals['_GENERATION']._serialized_start=4007
+  _globals['_GENERATION']._serialized_end=4462
 # @@protoc_insertion_point(module_scope)

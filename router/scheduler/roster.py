@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from router.pages import PageLedger, extend_page_hashes
+from router.pages import ROOT, PageLedger, extend_page_hashes
 from router.scheduler.promises import Promises
 from router.scheduler.queue import SequenceQueue
 from router.sequence import Sequence, SequenceState
@@ -134,7 +134,7 @@ class Roster:
         """Makes the pages known that this chunk filled."""
         sequence, page_size = chunk.sequence, self.ledger.page_size
         num_full = chunk.end // page_size
-        extend_page_hashes(sequence.page_hashes, sequence.all_ids, page_size, num_full)
+        extend_page_hashes(sequence.page_hashes, sequence.all_ids, page_size, num_full, _root_of(sequence))
         for index in range(chunk.start // page_size, num_full):
             self.ledger.publish(sequence.page_ids[index], sequence.page_hashes[index])
             self._promises.keep(sequence.page_hashes[index])
@@ -167,8 +167,9 @@ class Roster:
         if sequence.computes_all:
             return []
         # One token at least is left to compute: its logits give the next.
-        num_full = (sequence.num_tokens - 1) // self.ledger.page_size
-        extend_page_hashes(sequence.page_hashes, sequence.all_ids, self.ledger.page_size, num_full)
+        page_size = self.ledger.page_size
+        num_full = (sequence.num_tokens - 1) // page_size
+        extend_page_hashes(sequence.page_hashes, sequence.all_ids, page_size, num_full, _root_of(sequence))
         return self.ledger.match(sequence.page_hashes[:num_full])
 
     def _is_promised(self, sequence: Sequence, index: int) -> bool:
@@ -190,12 +191,18 @@ class Roster:
         self.running.add(sequence)
         sequence.admit((*shared, *new), len(shared) * ledger.page_size)
         num_full = sequence.num_tokens // ledger.page_size
-        extend_page_hashes(sequence.page_hashes, sequence.all_ids, ledger.page_size, num_full)
+        extend_page_hashes(sequence.page_hashes, sequence.all_ids, ledger.page_size, num_full, _root_of(sequence))
         self._promises.make(sequence, sequence.page_hashes[len(shared) : num_full])
         if sequence.num_admissions == 1 and not sequence.computes_all:
             self.prefix_queries_tokens += sequence.num_tokens
             self.prefix_hits_tokens += sequence.num_cached_tokens
         return True
+
+
+def _root_of(sequence: Sequence) -> bytes:
+    """What its pages' hashes begin with: rows in place of ids are shared with those who have the same rows only."""
+    embeds = sequence.request.embeds
+    return ROOT if embeds is None else embeds.digest
 
 
 def _for_another_worker(sequences: list[Sequence]) -> list[Sequence]:

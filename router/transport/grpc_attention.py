@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from grokmoe import tensors
 from grokmoe.errors import Reason, Unavailable
-from grokmoe.plan_codec import plan_to_proto, result_from_proto
+from grokmoe.plan_codec import plan_payload, plan_to_proto, result_from_proto
 from grokmoe.status import from_failure
 from grokmoe.step_plan import StepPlan, StepResult
 from grokmoe.v1 import attention_pb2
@@ -84,10 +84,11 @@ class GrpcAttentionLink:
         answers = StepAnswers(step_id, plan, self._info)
         begin = time.perf_counter()
         request = attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan))
-        if plan.hidden_state is None:
+        payload = plan_payload(plan)
+        if payload is None:
             await _begin(stream, [tensors.encode(request)])
         else:
-            await _begin(stream, tensors.encode_rows(request, plan.hidden_state, "step_id"))
+            await _begin(stream, tensors.encode_rows(request, payload, "step_id"))
         while True:
             message = None
             while message is None:

@@ -70,9 +70,9 @@ class PipelineLink:
             if new := set(result.faulty_chunks) - faulty:
                 logger.warning("%s: %d chunks of a step are not finite", stage.address, len(new))
                 faulty |= new
-            inner = dataclasses.replace(inner, hidden_state=result.hidden_state)
+            inner = _going_on(inner, result.hidden_state)
         stage, incarnation = last
-        part = dataclasses.replace(plan, incarnation=incarnation, hidden_state=inner.hidden_state)
+        part = _going_on(dataclasses.replace(plan, incarnation=incarnation), inner.hidden_state)
         result = await _run(stage, lane, part, hole, legs)
         return dataclasses.replace(result, faulty_chunks=tuple(sorted(faulty.union(result.faulty_chunks))))
 
@@ -135,3 +135,12 @@ def _without_head(plan: StepPlan) -> StepPlan:
     """What stages without the last layer need of a plan: nobody there looks at masks and penalties."""
     nothing: dict[str, Any] = {"sampling": None, "scoring": None, "logits": LogitsScope.NONE}
     return dataclasses.replace(plan, chunks=tuple(dataclasses.replace(chunk, **nothing) for chunk in plan.chunks))
+
+
+def _going_on(plan: StepPlan, hidden_state: Any) -> StepPlan:
+    """What a stage needs that goes on with a hidden state: how the first one began is of no account to it."""
+    if any(chunk.embeds is not None for chunk in plan.chunks):
+        plan = dataclasses.replace(
+            plan, chunks=tuple(dataclasses.replace(chunk, embeds=None) for chunk in plan.chunks)
+        )
+    return dataclasses.replace(plan, hidden_state=hidden_state)

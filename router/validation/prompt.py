@@ -11,6 +11,8 @@ from grokmoe.errors import FailedPrecondition, InvalidRequest, Reason
 from grokmoe.model_config import ModelConfig
 from grokmoe.tokenizer import Tokenizer
 from grokmoe.v1 import generation_pb2 as pb
+from router.request import PromptEmbeds
+from router.validation.embeds import read_embeds
 
 MAX_TEXT_BYTES = 256 * 1024
 """8192 tokens, the largest context, are some 30 KiB of English."""
@@ -19,12 +21,21 @@ INLINE_TEXT_BYTES = 4 * 1024
 """Longer text is tokenised on another thread: it takes longer than the event loop should be held."""
 
 
+def _choices(proto: Any) -> str:
+    *others, last = (field.name for field in proto.DESCRIPTOR.oneofs_by_name["prompt"].fields)
+    return f"{', '.join(others)} or {last}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the text they came from if it was text."""
+    """Token ids, and the text they came from if it was text.
+
+    embeds: what stands in their place; they are zeros then, one for each row.
+    """
 
     ids: tuple[int, ...]
-    text: str | None
+    text: str | None = None
+    embeds: PromptEmbeds | None = None
 
 
 class PromptReader:
@@ -38,7 +49,7 @@ class PromptReader:
         """The prompt of a GenerateRequest or ScoreRequest. Raises InvalidRequest, FailedPrecondition."""
         kind = proto.WhichOneof("prompt")
         if kind is None:
-            raise InvalidRequest("prompt", "is missing: set text or token_ids")
+            raise InvalidRequest("prompt", f"is missing: set {_choices(proto)}")
         if kind == "text":
             ids = await self.tokenize("text", proto.text, "tokenize", proto.tokenize)
             if not ids:
@@ -46,13 +57,16 @@ class PromptReader:
             self._check_length("text", ids)
             return Prompt(ids, proto.text)
         if proto.HasField("tokenize"):
-            raise InvalidRequest("tokenize", "is set beside token_ids", reason=Reason.CONFLICTING_FIELDS)
+            raise InvalidRequest("tokenize", f"is set beside {kind}", reason=Reason.CONFLICTING_FIELDS)
+        if kind == "inputs_embeds":
+            embeds = await read_embeds(proto.inputs_embeds, self._config)
+            return Prompt((0,) * len(embeds.rows_TD), embeds=embeds)
         ids = tuple(proto.token_ids.ids)
         if not ids:
             raise InvalidRequest("token_ids.ids", "is empty")
         self.check_ids("token_ids.ids", ids)
         self._check_length("token_ids.ids", ids)
-        return Prompt(ids, None)
+        return Prompt(ids)
 
     async def tokenize(self, field: str, text: str, options_field: str, options: pb.TokenizeOptions) -> tuple[int, ...]:
         """Token ids of a text as the options say; there may be none."""

@@ -16,6 +16,8 @@ from grokmoe.v1 import generation_pb2 as pb
 from router.request import Grammar, Request
 from router.structured import Format, GrammarCompiler
 from router.text import TextSettings
+from router.validation.embeds import FIELD as EMBEDS
+from router.validation.embeds import check_beside_embeds
 from router.validation.prompt import Prompt, PromptReader
 from router.validation.sampling import read_num_candidates, read_sampling
 
@@ -60,6 +62,8 @@ class RequestReader:
             raise _conflict("response.echo", "response.text", "false")
         if response.echo:
             self._prompts.need_tokenizer("response.echo")
+        if proto.WhichOneof("prompt") == EMBEDS:
+            check_beside_embeds(proto)
         prompt = await self._prompts.read(proto)
         self._check_logprob_size(len(prompt.ids), prompt_logprobs, n * max_tokens, logprobs)
         resumed_ids = self._resumed(proto, len(prompt.ids), max_tokens)
@@ -76,6 +80,7 @@ class RequestReader:
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
             resumed_ids=resumed_ids,
+            embeds=prompt.embeds,
         )
         if self._compiler is None:
             return Accepted(request, None)
