@@ -18,6 +18,7 @@ from grokmoe.cluster_status import (
 )
 from grokmoe.connection import ClientOptions
 from grokmoe.credentials import TlsConfig
+from grokmoe.embeds import Embeds
 from grokmoe.errors import (
     AlreadyExists,
     Cancelled,
@@ -73,6 +74,7 @@ __all__ = [
     "ConfigError",
     "DeadlineExceeded",
     "Delta",
+    "Embeds",
     "ExpertMove",
     "ExpertPlacement",
     "ExpertRange",

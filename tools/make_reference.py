@@ -32,7 +32,7 @@ Programs that use them are in `examples/`, reasons of errors in [errors.md](erro
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Clients": ("Client", "Stream", "AsyncClient", "AsyncStream", "TlsConfig"),
-    "Options": ("ClientOptions", "GenerateOptions", "ScoreOptions", "TokenizeOptions"),
+    "Options": ("ClientOptions", "GenerateOptions", "ScoreOptions", "TokenizeOptions", "Embeds"),
     "Results": (
         "Completion",
         "Candidate",

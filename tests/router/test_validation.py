@@ -82,7 +82,7 @@ def unknown(message: Any) -> Any:
     ("request_", "field", "words"),
     [
         (proto(request_id="x" * 129), "request_id", ("129", "128")),
-        (pb.GenerateRequest(), "prompt", ("text or token_ids",)),
+        (pb.GenerateRequest(), "prompt", ("text, token_ids or inputs_embeds",)),
         (proto(text=""), "text", ("empty",)),
         (proto(text=" "), "text", ("empty",)),
         (proto(text="a " * 16), "text", ("16 tokens", "context of 16", "15")),
@@ -236,6 +236,8 @@ def test_score() -> None:
         with pytest.raises(InvalidRequest) as caught:
             score(**fields)
         assert caught.value.field == field
+    with pytest.raises(InvalidRequest, match=r"set text or token_ids$"):
+        asyncio.run(reader().score(pb.ScoreRequest()))
     with pytest.raises(InvalidRequest, match="does not know"):
         asyncio.run(reader().score(unknown(pb.ScoreRequest(text="a"))))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 import grokmoe
 from grokmoe.options import build_request, build_score_request, build_tokenize_request
 from grokmoe.v1 import generation_pb2 as pb
+from grokmoe.v1 import tensor_pb2
 from tests.shared.client_calls import ask_async, ask_sync
 from tests.shared.fake_generation import FakeServer
 
@@ -88,7 +91,7 @@ def test_every_field_has_an_option() -> None:
         assert {field.name for field, _ in message.ListFields()} == {field.name for field in message.DESCRIPTOR.fields}
     formats = pb.StructuredOutput.DESCRIPTOR.oneofs_by_name["format"].fields
     assert {field.name for field in formats} == STRUCTURED
-    assert {field.name for field, _ in WHOLE_REQUEST.ListFields()} | {"token_ids", "structured"} == {
+    assert {field.name for field, _ in WHOLE_REQUEST.ListFields()} | {"token_ids", "inputs_embeds", "structured"} == {
         field.name for field in pb.GenerateRequest.DESCRIPTOR.fields
     }
 
@@ -152,6 +155,53 @@ def test_structured_outputs_exclude_each_other(names: set[str]) -> None:
 @given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists)))
 def test_a_schema_survives_the_way(schema: Any) -> None:
     assert json.loads(build_request("x", json_schema=schema).structured.json_schema) == schema
+
+
+class TestEmbeds:
+    def test_arrays_and_bytes(self) -> None:
+        numbers = [1.0, -2.0, 0.5, 3.0, 0.0, 7.0]
+        data = struct.pack("<6f", *numbers)
+        prompt = grokmoe.Embeds(data, (2, 3))
+        message = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2, 3], data=data)
+        assert build_request(prompt) == pb.GenerateRequest(inputs_embeds=message)
+        assert grokmoe.Embeds.of(np.array(numbers, np.float32).reshape(2, 3)) == prompt
+        assert grokmoe.Embeds.of(np.array(numbers, np.float32).reshape(3, 2).T).data != data
+        assert grokmoe.Embeds.of(np.asfortranarray(np.array(numbers, np.float32).reshape(2, 3))) == prompt
+
+    def test_bfloat16_by_its_bits(self) -> None:
+        bits = np.array([[0x3F80, 0xC000]], np.uint16)
+        prompt = grokmoe.Embeds.of(bits, "bfloat16")
+        assert prompt == grokmoe.Embeds(b"\x80\x3f\x00\xc0", (1, 2), "bfloat16")
+        assert build_request(prompt).inputs_embeds.dtype == tensor_pb2.DATA_TYPE_BFLOAT16
+
+    @pytest.mark.parametrize(
+        ("make", "error", "words"),
+        [
+            (lambda: grokmoe.Embeds(b"", (1, 2)), ValueError, "has 0 bytes, shape .* needs 8"),
+            (lambda: grokmoe.Embeds(bytes(8), (1, 2), "float64"), ValueError, "'float64', must be one of"),
+            (lambda: grokmoe.Embeds.of(np.ones(3, np.float32)), ValueError, "1 dimensions"),
+            (lambda: grokmoe.Embeds.of(np.ones((2, 3))), TypeError, "items 'd'"),
+            (lambda: grokmoe.Embeds.of(np.ones((2, 3), np.int32)), TypeError, "items 'i'"),
+            (lambda: grokmoe.Embeds.of(np.ones((2, 3), np.float32), "bfloat16"), TypeError, "items of 4 bytes"),
+            (lambda: grokmoe.Embeds.of(np.ones((2, 3), ">f4")), TypeError, "'>f'"),
+            (lambda: build_score_request(grokmoe.Embeds(bytes(8), (1, 2))), TypeError, "score"),
+        ],
+    )
+    def test_what_is_none(self, make: Any, error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=words):
+            make()
+
+    def test_numbers_do_not_fill_the_log(self) -> None:
+        assert "data" not in repr(grokmoe.Embeds(bytes(8), (1, 2)))
+
+    @pytest.mark.parametrize("ask", [ask_sync, ask_async])
+    @pytest.mark.parametrize("method", ["generate", "stream"])
+    def test_over_the_wire(self, ask: Any, method: str) -> None:
+        prompt = grokmoe.Embeds(bytes(range(16)), (2, 2))
+        with FakeServer() as server:
+            ask(server.address, method, prompt)
+            (request,) = server.generation.requests
+        assert request == pb.GenerateRequest(inputs_embeds=prompt.to_message())
 
 
 def test_one_stop_string_is_not_its_letters() -> None:
