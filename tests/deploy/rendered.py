@@ -88,6 +88,11 @@ VARIANTS: Mapping[str, Object] = {
         "tracing": {"url": "http://collector", "collector": [{"namespaceSelector": {}}]},
         "monitoring": {"serviceMonitor": {"enabled": True}},
     },
+    "stages": {
+        "cells": {"shape": "split", "count": 2},
+        "attention": {"replicas": 2, "stageLayers": ["0", "1-3"]},
+        "networkPolicy": {"enabled": True, "monitoring": [{"namespaceSelector": {}}]},
+    },
     "given-secrets": {
         "tls": {
             "workers": {"enabled": True, "serverSecret": "server", "clientSecret": "client"},

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from attention_worker.config import parse_layers
 from tests.deploy.rendered import (
     CASES,
     Object,
@@ -95,6 +96,45 @@ def test_statefulsets_name_a_headless_service_of_their_pods(case: str) -> None:
         service = services[each["spec"]["serviceName"]]
         assert service["spec"]["clusterIP"] == "None"
         assert matches(service["spec"]["selector"], pod_labels(each))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_router_names_every_pod_of_its_pipelines_once(case: str) -> None:
+    """Each pipeline has a pod of every stage, and its stages have every layer of the model, in this order."""
+    sets = {each["metadata"]["name"]: each for each in of_kind(objects(case), "StatefulSet")}
+    for each, _, container in containers(objects(case)):
+        if container["name"] != "router":
+            continue
+        (given,) = (one.partition("=")[2] for one in container["args"] if one.startswith("--attention="))
+        if "+" not in given:
+            assert not any("--layers" in one for _, _, other in containers(objects(case)) for one in other["args"])
+            continue
+        named: list[str] = []
+        for pipeline in given.split(","):
+            layers: list[int] = []
+            for address in pipeline.split("+"):
+                host, _, port = address.partition(":")
+                pod, _, service = host.partition(".")
+                name, _, ordinal = pod.rpartition("-")
+                stage, labels = sets[name], sets[name]["metadata"]["labels"]
+                assert stage["spec"]["serviceName"] == service
+                assert int(ordinal) < stage["spec"]["replicas"]
+                assert ports_of(stage)["grpc"] == int(port)
+                assert labels["grokmoe/cell"] == each["metadata"]["labels"]["grokmoe/cell"]
+                args = stage["spec"]["template"]["spec"]["containers"][0]["args"]
+                (spec,) = (one.partition("=")[2] for one in args if one.startswith("--layers="))
+                layers += parse_layers(spec, 4)
+                named.append(pod)
+            assert layers == list(range(4))
+        assert len(set(named)) == len(named)
+        cell = each["metadata"]["labels"]["grokmoe/cell"]
+        pods = [
+            f"{name}-{ordinal}"
+            for name, one in sets.items()
+            if one["metadata"]["labels"].get("grokmoe/cell") == cell
+            for ordinal in range(one["spec"]["replicas"])
+        ]
+        assert sorted(pods) == sorted(named)
 
 
 @pytest.mark.parametrize("case", CASES)

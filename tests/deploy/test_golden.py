@@ -1,4 +1,5 @@
-"""What the chart makes of each profile, line by line, so that a change of a template shows what it changes.
+"""What the chart makes of each profile, and of what no profile has, line by line, so that a change of a template shows
+what it changes.
 
 python -m tests.deploy.test_golden        writes the files anew; look at the difference before committing it
 """
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.rendered import PROFILES, Object, objects_of, profile, title
+from tests.deploy.rendered import CASES, PROFILES, Object, objects_of, title
 
 FOLDER = Path(__file__).parent / "golden"
+
+SHOWN = (*PROFILES, "stages")
+"""The cases that are kept."""
 
 
 def lines_of(found: Object, prefix: str = "") -> list[str]:
@@ -35,9 +39,9 @@ SAME_EVERYWHERE = (
 
 
 def snapshot(name: str) -> str:
-    """All objects of a profile."""
+    """All objects of a case."""
     parts = []
-    for found in sorted(objects_of(profile(name)), key=title):
+    for found in sorted(objects_of(CASES[name]), key=title):
         if found["kind"] == "ConfigMap" and "cluster.json" in found.get("data", {}):
             found = {**found, "data": sorted(found["data"])}
         kept = [line for line in lines_of(found) if not any(part in line for part in SAME_EVERYWHERE)]
@@ -45,7 +49,7 @@ def snapshot(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("name", SHOWN)
 def test_a_profile_renders_as_it_did(name: str) -> None:
     expected = (FOLDER / f"{name}.txt").read_text()
     found = snapshot(name)
@@ -53,9 +57,9 @@ def test_a_profile_renders_as_it_did(name: str) -> None:
 
 
 def test_there_is_a_snapshot_of_each_profile_and_no_other() -> None:
-    assert {path.stem for path in FOLDER.glob("*.txt")} == set(PROFILES)
+    assert {path.stem for path in FOLDER.glob("*.txt")} == set(SHOWN)
 
 
 if __name__ == "__main__":
-    for each in PROFILES:
+    for each in SHOWN:
         (FOLDER / f"{each}.txt").write_text(snapshot(each))

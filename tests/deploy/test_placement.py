@@ -208,3 +208,20 @@ def test_more_than_eight_experts_are_checked_too() -> None:
     values = values | pools("0-7", "8-14")
     with pytest.raises(helm_python.HelmError, match="nobody holds expert 15"):
         objects_of(values)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (["0-1", "1-3"], '"1-3" must begin with layer 2'),
+        (["0-1", "3"], '"3" must begin with layer 2'),
+        (["1-3"], '"1-3" must begin with layer 0'),
+        (["2-3", "0-1"], '"2-3" must begin with layer 0'),
+        (["0", "1-2"], "must end with layer 3"),
+        (["0", "1-4"], "must end with layer 3"),
+        (["0", "1-0", "1-3"], '"1-0" must begin with layer 1'),
+    ],
+)
+def test_stages_that_do_not_make_a_model(layers: list[str], words: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=words):
+        objects_of({"attention": {"stageLayers": layers}})

@@ -101,6 +101,10 @@ REFUSED: dict[str, Object] = {
     "a shape that is none": at("cells.shape", "round"),
     "no cells": at("cells.count", 0),
     "attention workers beside no router": at("cells.shape", "pod") | at("attention.replicas", 2),
+    "stages beside one router": at("cells.shape", "pod") | at("attention.stageLayers", ["0-1", "2-3"]),
+    "stages that come and go": at("autoscaling.kind", "hpa") | at("attention.stageLayers", ["0-1", "2-3"]),
+    "stages without layers": at("attention.stageLayers", [""]),
+    "stages in words": at("attention.stageLayers", ["all"]),
     # Time.
     "no time to end": at("router.grace", 0),
     "a budget that nothing starts in": at("experts.startupBudget", 5),

@@ -67,3 +67,54 @@ router can serve as soon as one pod of every group is ready. Fails for an expert
 {{- end }}
 {{- $groups | uniq | toJson }}
 {{- end }}
+
+{{/*
+Layers of the stages of each pipeline of attention workers, as a JSON list; empty: each worker has all layers. Fails when
+they do not follow one another from the model's first layer to its last.
+*/}}
+{{- define "grokmoe.stages" -}}
+{{- $next := 0 }}
+{{- range $layers := .Values.attention.stageLayers }}
+{{- $ends := splitList "-" $layers }}
+{{- if or (ne (int (first $ends)) $next) (lt (int (last $ends)) $next) }}
+{{- fail (printf "attention.stageLayers: %q must begin with layer %d" $layers $next) }}
+{{- end }}
+{{- $next = int (add1 (int (last $ends))) }}
+{{- end }}
+{{- if and .Values.attention.stageLayers (ne $next (int .Values.model.numLayers)) }}
+{{- fail (printf "attention.stageLayers: must end with layer %d, the model's last" (sub (int .Values.model.numLayers) 1)) }}
+{{- end }}
+{{- toJson .Values.attention.stageLayers }}
+{{- end }}
+
+{{/* Name of a StatefulSet of attention workers. Takes (dict "root" $ "cell" NUMBER "stage" NUMBER), without "stage" for whole ones. */}}
+{{- define "grokmoe.attention.fullname" -}}
+{{- printf "%s-attention-%d" (include "grokmoe.fullname" .root) (int .cell) }}
+{{- if hasKey . "stage" }}{{ printf "-stage-%d" (int .stage) }}{{ end }}
+{{- end }}
+
+{{/*
+Where a router finds its attention workers: a name for whole ones; the pods of each pipeline, one by one, since a name
+cannot say which belong together. Takes (dict "root" $ "cell" NUMBER).
+*/}}
+{{- define "grokmoe.attention.addresses" -}}
+{{- $root := .root }}
+{{- $cell := .cell }}
+{{- $service := include "grokmoe.attention.fullname" (dict "root" $root "cell" $cell) }}
+{{- $port := int $root.Values.ports.attention.grpc }}
+{{- $stages := include "grokmoe.stages" $root | fromJsonArray }}
+{{- if $stages }}
+{{- $pipelines := list }}
+{{- range $ordinal := until (int $root.Values.attention.replicas) }}
+{{- $addresses := list }}
+{{- range $stage, $layers := $stages }}
+{{- $set := include "grokmoe.attention.fullname" (dict "root" $root "cell" $cell "stage" $stage) }}
+{{- $addresses = append $addresses (printf "%s-%d.%s:%d" $set $ordinal $service $port) }}
+{{- end }}
+{{- $pipelines = append $pipelines (join "+" $addresses) }}
+{{- end }}
+{{- join "," $pipelines }}
+{{- else }}
+{{- printf "dns:///%s:%d" $service $port }}
+{{- end }}
+{{- end }}

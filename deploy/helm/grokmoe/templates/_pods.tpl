@@ -206,6 +206,9 @@ tolerations: {{- toYaml . | nindent 2 }}
     - --dtype={{ .root.Values.model.dtype }}
     - --device={{ $attention.device }}
     - --kv-gib={{ $attention.kvGib }}
+    {{- with .layers }}
+    - --layers={{ . }}
+    {{- end }}
     {{- include "grokmoe.serverArgs" (dict "root" .root "ports" $ports "grace" $attention.grace "listen" .listen) | nindent 4 }}
     {{- with include "grokmoe.workerSecurityArgs" .root | trim }}{{ nindent 4 . }}{{ end }}
     {{- with include "grokmoe.flags" $attention.settings | trim }}{{ nindent 4 . }}{{ end }}
