@@ -39,6 +39,7 @@ class GrpcAttentionLink:
         self.address, self.router_id = address, router_id or new_router_id()
         self._channel = access.open(address)
         self._lanes: dict[int, Stream] = {}
+        self._busy: set[int] = set()
         self._next_step = 0
         self._info: AttentionInfo | None = None
 
@@ -50,6 +51,8 @@ class GrpcAttentionLink:
             attention_pb2.AttentionDescribeRequest(router_id=self.router_id),
             attention_pb2.AttentionDescribeResponse,
         )
+        if self._info is not None and reply.incarnation != self._info.incarnation:
+            self._forget_streams()
         self._info = AttentionInfo(
             config_hash=reply.config_hash,
             incarnation=reply.incarnation,
@@ -66,28 +69,45 @@ class GrpcAttentionLink:
         )
         return self._info
 
+    def _forget_streams(self) -> None:
+        """Those that rest are of a process that has ended, and what one of them has been told as its end does not
+        concern the process that is there now."""
+        for lane in self._lanes.keys() - self._busy:
+            self._lanes.pop(lane).cancel()
+
     async def step(self, lane: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         """See AttentionLink."""
-        stream = self._lanes.get(lane)
-        if stream is None:
-            stream = self._lanes[lane] = Stream(self._channel, f"/{SERVICE}/Step")
         self._next_step += 1
+        self._busy.add(lane)
         try:
-            return await self._drive(stream, self._next_step, plan, hole, legs)
+            return await self._drive(lane, self._next_step, plan, hole, legs)
         except BaseException:
             # The worker may be in the middle of the step: only a new stream starts from a known state.
-            self._lanes.pop(lane, None)
-            stream.cancel()
+            stream = self._lanes.pop(lane, None)
+            if stream is not None:
+                stream.cancel()
             raise
+        finally:
+            self._busy.discard(lane)
 
-    async def _drive(self, stream: Stream, step_id: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
+    async def _begin(self, lane: int, step_id: int, plan: StepPlan) -> Stream:
+        """Sends the plan. Raises StepNotBegun, or Unavailable with SHUTTING_DOWN when the worker has said so."""
+        kept = self._lanes.get(lane)
+        if kept is not None:
+            try:
+                await _send(kept, step_id, plan)
+            except StepNotBegun:
+                kept.cancel()  # it has ended since its last step; the worker may be there all the same
+            else:
+                return kept
+        stream = self._lanes[lane] = Stream(self._channel, f"/{SERVICE}/Step")
+        await _send(stream, step_id, plan)
+        return stream
+
+    async def _drive(self, lane: int, step_id: int, plan: StepPlan, hole: Hole, legs: Legs) -> StepResult:
         answers = StepAnswers(step_id, plan, self._info)
         begin = time.perf_counter()
-        request = attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan))
-        if plan.hidden_state is None:
-            await _begin(stream, [tensors.encode(request)])
-        else:
-            await _begin(stream, tensors.encode_rows(request, plan.hidden_state, "step_id"))
+        stream = await self._begin(lane, step_id, plan)
         while True:
             message = None
             while message is None:
@@ -124,9 +144,16 @@ def attention_link(address: str, access: WorkerAccess = PLAIN) -> AttentionLink:
     return links[0] if len(links) == 1 else PipelineLink(links)
 
 
-async def _begin(stream: Stream, messages: Iterable[bytes]) -> None:
+def _plan_messages(step_id: int, plan: StepPlan) -> Iterable[bytes]:
+    request = attention_pb2.StepRequest(step_id=step_id, plan=plan_to_proto(plan))
+    if plan.hidden_state is None:
+        return [tensors.encode(request)]
+    return tensors.encode_rows(request, plan.hidden_state, "step_id")
+
+
+async def _send(stream: Stream, step_id: int, plan: StepPlan) -> None:
     try:
-        await stream.write(messages)
+        await stream.write(_plan_messages(step_id, plan))
     except Unavailable as error:
         try:
             # The stream has ended since its last step. Only who reads is told the reason, such as SHUTTING_DOWN.
