@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -33,18 +34,23 @@ PRODUCT_ROWS, PRODUCT_INPUTS, PRODUCT_OUTPUTS = 1024, 1024, 4096
 
 TRIES = 9
 
+COLD_TRIES = 60
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """bandwidth: (bytes of the working set, bytes/s). flops: per second, of laid-out products in the model's type.
 
     sockets, grpc: (bytes of a message, seconds until it has come back), over a Unix socket, bare and with grpc.aio.
+    cold: by how much longer a piece of Python takes if between two runs of it so many bytes are read that nothing of it
+    is left in the caches.
     """
 
     bandwidth: tuple[tuple[int, float], ...]
     flops: float
     sockets: tuple[tuple[int, float], ...]
     grpc: tuple[tuple[int, float], ...]
+    cold: float = 1.0
 
     def read_seconds(self, num_bytes: float, working_set: float) -> float:
         """Least time to read so many bytes of a working set of so many."""
@@ -101,13 +107,38 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * PRODUCT_ROWS * PRODUCT_INPUTS * PRODUCT_OUTPUTS / best_seconds(lambda: linear(x_NI))
 
 
+@torch.inference_mode()
+def cold_factor() -> float:
+    """See Limits; of medians, since what is compared is the usual and not the best. In one process: one that sleeps
+    meanwhile would have to be woken, too."""
+    data, x = torch.ones(WORKING_SETS[-1] // 8), torch.ones(8, 64)
+
+    def code() -> None:
+        """Of the kind that there is between products: objects, and small operations of torch."""
+        table = {str(number): [number] * 4 for number in range(200)}
+        json.loads(json.dumps(table))
+        for _ in range(5):
+            torch.cat([torch.softmax(x, -1), x])
+
+    warm, cold = (_usual_seconds(code, between) for between in (code, data.sum))
+    return max(1.0, cold / warm)
+
+
+def _usual_seconds(run: Callable[[], object], between: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(COLD_TRIES):
+        between()
+        seconds.append(_seconds(run))
+    return statistics.median(seconds)
+
+
 async def measure(dtype: torch.dtype) -> Limits:
     """A few seconds. The threads are torch's, as they are set."""
     async with Echo() as echo:
         sockets = tuple((size, echo.socket_seconds(size)) for size in MESSAGES)
         grpc = tuple([(size, await echo.grpc_seconds(size)) for size in MESSAGES])
     bandwidth = tuple((size, read_rate(size)) for size in WORKING_SETS)
-    return Limits(bandwidth, product_rate(dtype), sockets, grpc)
+    return Limits(bandwidth, product_rate(dtype), sockets, grpc, cold_factor())
 
 
 def main() -> None:
@@ -120,6 +151,7 @@ def main() -> None:
     print(f"products                     {limits.flops / 1e9:8.1f} GFLOP/s")
     for (size, bare), (_, grpc) in zip(limits.sockets, limits.grpc, strict=True):
         print(f"there and back, {size / 1024:7.2f} KiB   {bare * 1e6:8.0f} us bare, {grpc * 1e6:8.0f} us by gRPC")
+    print(f"cold caches                  {limits.cold:8.2f} times as long for Python")
     print(json.dumps({"benchmark": "limits", **dataclasses.asdict(limits)}))
 
 

@@ -28,10 +28,11 @@ examples:
   grokmoe plan --experts-on h200 --attention-on h200 --request-rate 20 --input-len 500 --output-len 200
   grokmoe plan --experts-on '2*h200+2*h100+2*l40s+2*cpu-small' --values plan.yaml
   grokmoe plan --experts-on h100:price=2.1,bandwidth=3e12 --goodput ttft:4000 tpot:400
+  grokmoe plan --experts-on h100 --request-rate 8 --simulate 60 --failures expert:3@20s+15s attention:0@40s+5s
   grokmoe plan --calibrate step.txt --calibrate-model DIR --save-costs costs.json"""
 
 DOES_NOT_HOLD = 3
-LIST_FLAGS = ("goodput", "calibrate")
+LIST_FLAGS = ("goodput", "calibrate", "failures")
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -52,4 +53,4 @@ def plan(argv: Sequence[str]) -> int:
     print(json.dumps(as_json(made), indent=1) if settings.json else describe(made))
     if settings.values:
         Path(settings.values).write_text(helm_values(made))
-    return 0 if made.found.holds else DOES_NOT_HOLD
+    return 0 if made.holds else DOES_NOT_HOLD

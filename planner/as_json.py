@@ -19,7 +19,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     whole: dict[str, Any] = _finite(
         {
             "settings": dataclasses.asdict(plan.settings),
-            "holds": found.holds,
+            "holds": plan.holds,
             "binding": found.bound.binding,
             "price_per_hour": cluster.price,
             "price_per_million_output_tokens": price_per_million(found),
@@ -47,6 +47,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 name: {**found.timer.time(shape).seconds, "whole": found.timer.time(shape).alone}
                 for name, shape in step_shapes(plan)
             },
+            "simulated": None if plan.outcome is None else dataclasses.asdict(plan.outcome),
             "costs": dataclasses.asdict(plan.costs),
         }
     )

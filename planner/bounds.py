@@ -50,6 +50,7 @@ def steady_shape(batch: int, prompt: float, output: float) -> StepShape:
     context = prompt + output / 2
     return StepShape(
         rows=max(1, round(batch + share * prompt)),
+        sequences=max(1, round(batch + share)),
         draws=max(1, round(batch + share)),
         attended=batch * context + share * prompt * prompt / 2,
         read=batch * context + share * prompt,

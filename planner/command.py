@@ -20,21 +20,28 @@ from planner.measured import Observation, read_result, read_steps
 from planner.memory import attention_memory
 from planner.presets import PRESETS
 from planner.search import Found, Wish, search
-from planner.settings import GROK1_NAME, PlanSettings
+from planner.settings import GROK1_NAME, INSIDE, PAIRS, PlanSettings
+from planner.simulated.failures import draw_failures, parse_failure
+from planner.simulated.results import Outcome
+from planner.simulated.scenario import Scenario, worker_counts
 
 GBIT = 1e9 / 8
-LOOPBACK = 10e9
-"""Bytes/s that measurements on one machine are held against."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was asked, with which costs, and what was found."""
+    """What was asked, with which costs, and what was found. outcome: of a simulation of every worker."""
 
     settings: PlanSettings
     wish: Wish
     costs: Costs
     found: Found
+    outcome: Outcome | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the objectives do, of all that was looked at."""
+        return self.found.holds and (self.outcome is None or self.outcome.holds)
 
 
 def make_plan(settings: PlanSettings) -> Plan:
@@ -44,7 +51,35 @@ def make_plan(settings: PlanSettings) -> Plan:
     if settings.save_costs:
         write_costs(settings.save_costs, costs)
     wish = wish_of(settings, known)
-    return Plan(settings, wish, costs, search(wish, costs))
+    found = search(wish, costs)
+    return Plan(settings, wish, costs, found, _simulated(settings, wish, costs, found))
+
+
+def _simulated(settings: PlanSettings, wish: Wish, costs: Costs, found: Found) -> Outcome | None:
+    if not settings.simulate:
+        return None
+    from planner.simulated.run import simulate  # it needs torch, since the router's dispatch does; a plan does not
+
+    cluster = found.cluster
+    failures = [parse_failure(text) for text in settings.failures]
+    if settings.mtbf_hours:
+        counts = worker_counts(cluster)
+        failures += draw_failures(
+            counts, settings.mtbf_hours, settings.repair_seconds, settings.simulate, settings.seed
+        )
+    scenario = Scenario(
+        cluster=cluster,
+        costs=costs,
+        load=dataclasses.replace(wish.load, rate=found.forecast.rate),
+        limits=wish.limits,
+        goals=wish.goals,
+        seconds=settings.simulate,
+        seed=settings.seed,
+        skew=settings.skew,
+        reach=settings.reach,
+        failures=tuple(sorted(failures)),
+    )
+    return simulate(scenario)
 
 
 def model_of(name: str) -> ModelConfig:
@@ -77,7 +112,9 @@ def wish_of(settings: PlanSettings, known: dict[str, Device]) -> Wish:
         copies=settings.copies,
         lanes=settings.lanes,
         routers=settings.routers,
-        router_price=settings.router_price,
+        router_price=0.0 if settings.router == INSIDE else settings.router_price,
+        has_router_inside=settings.router == INSIDE,
+        rows_by_pairs=settings.rows == PAIRS,
         num_requests=settings.num_requests,
         seed=settings.seed,
     )
@@ -98,16 +135,16 @@ def costs_of(settings: PlanSettings, known: dict[str, Device]) -> Costs:
     if not settings.calibrate or settings.calibrate_model is None:
         return ASSUMED
     config = ModelConfig.from_file(settings.calibrate_model)
+    device = parse_groups(settings.calibrate_device, known)[0].device
     observations: list[Observation] = []
     for path in settings.calibrate:
         if Path(path).name == "result.json":
-            observations.append(read_result(path, config, settings.calibrate_experts))
+            observations.append(read_result(path, config, device, settings.calibrate_experts))
         else:
             observations += read_steps(path, config)
     # Fused and split differ in every leg: threads, hand-overs, messages.
     wanted = [each for each in observations if (each.expert_workers > 0) != settings.fused] or observations
-    device = parse_groups(settings.calibrate_device, known)[0].device
-    fitted = fit(wanted, device, LOOPBACK, f"fitted to {', '.join(settings.calibrate)}")
+    fitted = fit(wanted, f"fitted to {', '.join(settings.calibrate)}")
     return dataclasses.replace(
         fitted, attention=ASSUMED.attention | fitted.attention, experts=ASSUMED.experts | fitted.experts
     )

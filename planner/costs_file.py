@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from grokmoe.errors import ConfigError
-from planner.costs import Costs, Efficiency
+from planner.costs import AttentionCosts, Costs, ExpertCosts, RouterCosts
 
 
 def write_costs(path: str | Path, costs: Costs) -> None:
@@ -19,8 +19,13 @@ def read_costs(path: str | Path) -> Costs:
     """Raises ConfigError for what is no such file."""
     try:
         raw = json.loads(Path(path).read_text())
-        for role in ("attention", "experts"):
-            raw[role] = {kind: Efficiency(**fields) for kind, fields in raw[role].items()}
-        return Costs(**raw)
+        return Costs(
+            **{
+                **raw,
+                "attention": {kind: AttentionCosts(**fields) for kind, fields in raw["attention"].items()},
+                "experts": {kind: ExpertCosts(**fields) for kind, fields in raw["experts"].items()},
+                "router": RouterCosts(**raw["router"]),
+            }
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"costs {path}: {error}") from error

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from grokmoe.errors import ConfigError
 
@@ -17,12 +20,14 @@ KINDS = ("cuda", "cpu")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a data sheet says of it.
+    """What a data sheet, or a measurement, says of it.
 
     kind: `cuda` or `cpu`: which costs apply. memory: GiB that processes can have. bandwidth: of the memory, bytes/s.
     flops: dense products per second (a multiplication and an addition are two), by type of the weights; a type that is
     not there is not supported. price: per hour. label: what a cluster's nodes are labelled with, empty: nothing.
-    cores: of a host; those of its host that a card's process needs.
+    cores: of a host; those of its host that a card's process needs. caches: (bytes of a working set, bytes/s at which
+    it is read over and over), ascending; of larger ones than the last `bandwidth` holds. cold: by how much longer code
+    takes when all that it uses has left the caches; of a host only.
     """
 
     name: str
@@ -33,6 +38,8 @@ class Device:
     price: float
     label: str = ""
     cores: int = 4
+    caches: tuple[tuple[float, float], ...] = ()
+    cold: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -42,6 +49,31 @@ class Device:
                 raise ConfigError(f"device {self.name}: {name} is {getattr(self, name)}, must be above 0")
         if not self.price >= 0 or not self.flops or not all(value > 0 for value in self.flops.values()):
             raise ConfigError(f"device {self.name}: a price is not negative, and flops are above 0")
+
+    def read_rate(self, working_set: float) -> float:
+        """Bytes/s at which so many bytes are gone through over and over; between two that are known, on a straight line
+        over their logarithms."""
+        if not self.caches or working_set >= self.caches[-1][0]:
+            return self.bandwidth
+        sizes, rates = zip(*self.caches, strict=True)
+        return float(np.interp(math.log(max(working_set, 1.0)), np.log(sizes), rates))
+
+    def slowdown(self, passing: float) -> float:
+        """By how much longer code takes when so many bytes pass through the caches between two runs of it.
+
+        They displace it as they displace themselves when they are gone through over and over: of a working set whose
+        bytes take the time of the memory's nothing is left, of one that takes the fastest cache's, all.
+        """
+        if not self.caches:
+            return self.cold
+        slowest, fastest = 1 / self.bandwidth, 1 / max(rate for _, rate in self.caches)
+        share = (1 / self.read_rate(passing) - fastest) / (slowest - fastest) if slowest > fastest else 0.0
+        return 1 + (self.cold - 1) * min(1.0, max(0.0, share))
+
+    @property
+    def parallel(self) -> int:
+        """Cores that share work which is counted in seconds of a core; of a card such work is counted whole."""
+        return self.cores if self.kind == "cpu" else 1
 
     def peak(self, dtype: str) -> float:
         """Products per second with weights of a type. Raises ConfigError when the device has none of it."""
@@ -102,6 +134,11 @@ def read_devices(path: str | Path) -> dict[str, Device]:
     """A JSON file `{"NAME": {"kind": ..., "memory": ..., ...}}`. Raises ConfigError."""
     try:
         raw = json.loads(Path(path).read_text())
-        return {name: Device(name=name, **fields) for name, fields in raw.items()}
+        return {name: _device(name, fields) for name, fields in raw.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"devices {path}: {error}") from error
+
+
+def _device(name: str, fields: dict[str, Any]) -> Device:
+    caches = tuple((float(size), float(rate)) for size, rate in fields.pop("caches", ()))
+    return Device(name=name, caches=tuple(sorted(caches)), **fields)

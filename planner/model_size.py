@@ -29,9 +29,19 @@ def expert_bytes(config: ModelConfig, dtype: str) -> float:
     return expert_params(config) * weight_bytes(dtype) * (1 + SCALE_SHARE if dtype == "float8" else 1)
 
 
+def qkv_params(config: ModelConfig) -> int:
+    """Weights of queries, keys and values in one layer."""
+    return config.hidden_size * (config.query_size + 2 * config.kv_size)
+
+
+def out_params(config: ModelConfig) -> int:
+    """Weights of the projection after attention."""
+    return config.query_size * config.hidden_size
+
+
 def projection_params(config: ModelConfig) -> int:
-    """Weights of attention in one layer: queries and output, keys and values."""
-    return config.hidden_size * 2 * (config.query_size + config.kv_size)
+    """Weights of attention in one layer."""
+    return qkv_params(config) + out_params(config)
 
 
 def head_params(config: ModelConfig) -> int:

@@ -23,8 +23,8 @@ from planner.layout import Layout, lay_out
 from planner.memory import expert_room
 from planner.step_time import StepTimer
 
-COUNTS = tuple(sorted({*range(1, 9), *(round(base * 2**power) for power in range(3, 12) for base in (1, 1.5))}))
-"""Numbers of copies and of attention workers that are tried: 1 to 8, then two to each doubling, up to 3072."""
+COUNTS = tuple(sorted({*range(1, 9), *(round(base * 2**power) for power in range(3, 17) for base in (1, 1.5))}))
+"""Numbers of copies and of attention workers that are tried: 1 to 8, then two to each doubling, up to 98304."""
 
 PER_ROUTER = (1, 2, 4)
 """Attention workers of one router."""
@@ -59,6 +59,8 @@ class Wish:
     lanes: int = 0
     routers: int = 0
     router_price: float = 0.0
+    has_router_inside: bool = False
+    rows_by_pairs: bool = False
     num_requests: int = 400
     seed: int = 0
 
@@ -130,6 +132,8 @@ def clusters(wish: Wish) -> Iterator[Cluster]:
                         link=wish.link,
                         kv_gib=wish.kv_gib,
                         router_price=wish.router_price,
+                        has_router_inside=wish.has_router_inside,
+                        rows_by_pairs=wish.rows_by_pairs,
                         round_trip=wish.round_trip,
                     )
                 )
@@ -153,6 +157,8 @@ def _attention(wish: Wish) -> Sequence[int]:
 
 
 def _routers(wish: Wish, attention: int) -> Iterable[int]:
+    if wish.has_router_inside:
+        return [attention]
     if wish.routers:
         return [wish.routers] if attention % wish.routers == 0 else []
     return {attention // each for each in PER_ROUTER if attention % each == 0}

@@ -11,6 +11,8 @@ from planner.model_size import WEIGHT_BYTES
 
 GROK1_NAME = "grok-1"
 
+INSIDE, PAIRS = "inside", "pairs"
+
 DEVICES = "[COUNT*]NAME joined by '+', COUNT of them at most; NAME:memory=GIB,bandwidth=B/S,flops=F/S,price=P"
 
 
@@ -25,6 +27,12 @@ class PlanSettings:
     attention_on: str = setting("cpu", "device for attention workers, written alike, of one kind", metavar="DEVICES")
     devices: str | None = setting(None, "JSON file of further devices", metavar="FILE")
     fused: bool = setting(False, "one process instead of router and workers; one device for experts")
+    router: str = setting(
+        "process", "a router of its own, or one inside every attention worker", choices=("process", INSIDE)
+    )
+    rows: str = setting(
+        "messages", "how rows reach experts: in messages, or from device to device", choices=("messages", PAIRS)
+    )
     network_gbps: float = setting(100.0, "network of the router's machine, Gbit/s each way", metavar="G")
     round_trip_us: float = setting(0.0, "of an empty message, microseconds; 0: that of the costs", metavar="US")
 
@@ -49,10 +57,20 @@ class PlanSettings:
     )
     calibrate_model: str | None = setting(None, "directory of the model they were measured with", metavar="DIR")
     calibrate_experts: int = setting(2, "expert workers behind a result.json; 0: fused", metavar="N")
-    calibrate_device: str = setting("cpu-small", "device that they were measured on", metavar="DEVICE")
+    calibrate_device: str = setting(
+        "cpu-small", "device that a result.json is of; benchmarks/step says its own", metavar="DEVICE"
+    )
     save_costs: str | None = setting(None, "write the costs that were used", metavar="FILE")
 
     num_requests: int = setting(400, "requests of a simulation", metavar="N")
+    simulate: float = setting(0.0, "seconds to simulate the cluster that was found, every worker of it", metavar="S")
+    failures: tuple[str, ...] = setting(
+        [], "in that: expert:3@10s+30s: expert worker 3 is lost at 10 s, back 30 s later", metavar="FAILURE"
+    )
+    mtbf_hours: float = setting(0.0, "in that: mean time between two failures of a worker; 0: none", metavar="H")
+    repair_seconds: float = setting(60.0, "until a worker that failed so is back", metavar="S")
+    skew: float = setting(0.0, "in that: the r-th expert of a layer is chosen r^-SKEW as often as the first")
+    reach: int = setting(0, "in that: copies of the experts that a router reaches; 0: all", metavar="N")
     seed: int = setting(0, "of arrivals and lengths")
     json: bool = setting(False, "for programs")
     values: str | None = setting(None, "write the plan as values for the Helm chart", metavar="FILE")
@@ -72,6 +90,11 @@ class PlanSettings:
             ("router_price", 0),
             ("num_requests", 20),
             ("calibrate_experts", 0),
+            ("simulate", 0),
+            ("mtbf_hours", 0),
+            ("repair_seconds", 0),
+            ("skew", 0),
+            ("reach", 0),
         ):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least {least}")
@@ -81,5 +104,9 @@ class PlanSettings:
             raise ConfigError("calibrate and calibrate_model go together")
         if self.calibrate and self.costs:
             raise ConfigError("costs and calibrate exclude each other")
-        if self.fused and self.values:
-            raise ConfigError("values are of the split topology, the chart has no other: fused does not go with them")
+        if (self.failures or self.mtbf_hours or self.skew or self.reach) and not self.simulate:
+            raise ConfigError("failures, mtbf_hours, skew and reach are of a simulation: simulate says how long")
+        if self.fused and self.simulate:
+            raise ConfigError("simulate is of workers in processes of their own: fused does not go with it")
+        if (self.fused or self.router == INSIDE) and self.values:
+            raise ConfigError("values are of routers of their own: neither fused nor router inside goes with them")

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True, order=True)
 class StepShape:
-    """rows: tokens computed. draws: tokens drawn. attended: positions that rows attend to, summed over rows.
-    read: positions whose keys and values are read, summed over sequences."""
+    """rows: tokens computed. sequences: whose they are. draws: tokens drawn. attended: positions that rows attend to,
+    summed over rows. read: positions whose keys and values are read, summed over sequences."""
 
     rows: int
+    sequences: int
     draws: int
     attended: float
     read: float
@@ -19,19 +20,20 @@ class StepShape:
 
 def of_chunks(chunks: Iterable[tuple[int, int, bool]]) -> StepShape:
     """The shape of (first position, one past the last, whether a token is drawn) of each chunk."""
-    rows = draws = 0
+    rows = sequences = draws = 0
     attended = read = 0.0
     for start, end, wants_token in chunks:
         rows += end - start
+        sequences += 1
         draws += wants_token
         attended += (end - start) * (start + end + 1) / 2
         read += end
-    return StepShape(rows, draws, attended, read)
+    return StepShape(rows, sequences, draws, attended, read)
 
 
 def decode(batch: int, context: float) -> StepShape:
     """Every sequence one token further, at a mean context."""
-    return StepShape(batch, batch, batch * context, batch * context)
+    return StepShape(batch, batch, batch, batch * context, batch * context)
 
 
 def prefill(tokens: int, start: int = 0, draws: int = 1) -> StepShape:

@@ -1,32 +1,33 @@
 """How long a step takes, leg by leg, and what it occupies meanwhile.
 
-    attention   layers (o + rows r) + sum over projections, pages and head of the longer of
-                bytes / (bandwidth e_b) and products / (flops e_f)
+    attention   attention_time.py
     experts     sum over layers of the slowest card's (experts_time.py)
-    router      layers (c + rows r): gate, dispatch, combine
-    messages    layers (1 + workers with rows) m: the router's process sends and takes them one after another
+    router      layers (c + rows hidden r): gate, dispatch, combine
+    messages    layers (1 + workers with rows) m + bytes b: the router's process sends and takes them in turn
     wire        layers 2 t + bytes through the router / (link e_l)
-    step        s + draws d: plan, sampling, delivery
+                with the router inside the attention worker without the 1, and with one t; rows by pairs without b and r
+    step        s + rows r + draws d: plan, schedule, delivery
 
 A step on its own takes the sum. With more steps in flight than one, what several of them need is a queue: no step is
 faster than the sum, and the n steps together not faster than n times the busiest of attention, router, link, experts.
+Where all roles share a host they take turns: whoever waits for a product waits on a core.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from planner.attention_time import attention_seconds
 from planner.cluster import Cluster
-from planner.costs import Costs, Efficiency
-from planner.device import Device
+from planner.costs import Costs
 from planner.experts_time import ExpertsTime, experts_time
-from planner.model_size import head_params, kv_bytes, projection_params, weight_bytes
 from planner.shape import StepShape
 
 LEGS = ("attention", "router", "messages", "wire", "experts", "step")
 """In the order of a step."""
 
-_MATMUL = 2  # a multiplication and an addition
+ROW_BYTES = 2
+"""Of an element of a row between processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +59,7 @@ class StepTimer:
     def experts(self, rows: int) -> ExpertsTime:
         """Of a step with so many rows."""
         if rows not in self._experts:
-            cluster = self.cluster
-            self._experts[rows] = experts_time(
-                cluster.layout,
-                self.costs.experts,
-                rows,
-                cluster.config,
-                cluster.expert_dtype,
-                cluster.experts_share,
-            )
+            self._experts[rows] = experts_time(self.cluster, self.costs.experts, rows)
         return self._experts[rows]
 
     def time(self, shape: StepShape) -> StepTime:
@@ -76,26 +69,31 @@ class StepTimer:
         return self._steps[shape]
 
     def _time(self, shape: StepShape) -> StepTime:
-        cluster, costs = self.cluster, self.costs
-        layers = cluster.config.num_layers
+        cluster, cost = self.cluster, self.costs.router
+        layers, hidden = cluster.config.num_layers, cluster.config.hidden_size
         experts = self.experts(shape.rows)
-        seconds = {
-            "attention": attention_seconds(cluster, costs.attention[cluster.attention.kind], shape),
-            "router": layers * (costs.per_router_layer + shape.rows * costs.per_router_row),
-            "messages": 0.0,
-            "wire": 0.0,
-            "experts": experts.seconds,
-            "step": costs.per_step + shape.draws * costs.per_draw,
-        }
-        link = 0.0
+        attention = attention_seconds(cluster, self.costs.attention[cluster.attention.kind], shape)
+        slower = cluster.slowdown(shape.rows)
+        elements = 0 if cluster.rows_by_pairs else shape.rows * hidden
+        router = layers * (cost.per_layer * slower + elements * cost.per_element)
+        step = cost.per_step + shape.rows * cost.per_row + shape.draws * cost.per_draw
+        messages = wire = link = 0.0
         if not cluster.is_fused:
-            seconds["messages"] = layers * (1 + experts.workers) * costs.per_message
-            round_trip = costs.round_trip if cluster.round_trip is None else cluster.round_trip
-            crossing = hub_bytes(cluster, shape.rows) / (cluster.link * costs.link)
-            seconds["wire"] = layers * 2 * round_trip + 2 * crossing
-            link = crossing
-        router = seconds["router"] + seconds["messages"] + seconds["step"]
-        return StepTime(seconds, seconds["attention"], router, link, experts.seconds)
+            crossing = row_bytes(cluster, shape.rows)
+            messages = layers * (hops(cluster) - 1 + experts.workers) * cost.per_message * slower
+            messages += 2 * crossing.in_messages * cost.per_byte
+            round_trip = self.costs.round_trip if cluster.round_trip is None else cluster.round_trip
+            wire = layers * hops(cluster) * round_trip * slower
+            link = 0.0 if cluster.host else crossing.all / (cluster.link * self.costs.link)
+        seconds = {
+            "attention": attention,
+            "router": router,
+            "messages": messages,
+            "wire": wire + 2 * link,
+            "experts": experts.seconds,
+            "step": step,
+        }
+        return StepTime(seconds, attention, router + messages + step, link, experts.seconds)
 
     def in_flight(self, shape: StepShape, here: int, everywhere: int) -> float:
         """Seconds of a step while others are under way.
@@ -103,53 +101,49 @@ class StepTimer:
         here: steps of this attention worker, this one included; everywhere: of all, which share experts, and of each
         router its own part of them.
         """
-        time, cluster = self.time(shape), self.cluster
-        return max(
-            time.alone,
-            here * time.busy_attention,
-            everywhere / cluster.routers * max(time.busy_router, time.busy_link),
-            everywhere / cluster.copies * time.busy_experts,
-        )
+        return max(self.time(shape).alone, *self._queues(shape, here, everywhere).values())
 
     def binding(self, shape: StepShape, here: int, everywhere: int) -> str:
         """What a step with others under way waits for: a resource that is always busy, or else its longest leg."""
+        time, queues = self.time(shape), self._queues(shape, here, everywhere)
+        name = max(queues, key=lambda each: queues[each])
+        if queues[name] >= time.alone:
+            return name
+        return max(time.seconds, key=lambda leg: time.seconds[leg])
+
+    def _queues(self, shape: StepShape, here: int, everywhere: int) -> dict[str, float]:
+        """Seconds in which each resource has done its part of all the steps that queue for it."""
         time, cluster = self.time(shape), self.cluster
-        busy = {
+        return {
             "attention": here * time.busy_attention,
             "router": everywhere / cluster.routers * time.busy_router,
             "link": everywhere / cluster.routers * time.busy_link,
             "experts": everywhere / cluster.copies * time.busy_experts,
+            "host": everywhere * time.alone if cluster.host else 0.0,
         }
-        name = max(busy, key=lambda each: busy[each])
-        if busy[name] >= time.alone:
-            return name
-        return max(time.seconds, key=lambda leg: time.seconds[leg])
 
 
-def attention_parts(cluster: Cluster, shape: StepShape) -> list[tuple[float, float]]:
-    """(bytes, products) of projections, pages and head, all layers."""
-    config, size = cluster.config, weight_bytes(cluster.dtype)
-    projections = config.num_layers * projection_params(config)
-    return [
-        (projections * size, _MATMUL * projections * shape.rows),
-        (
-            shape.read * kv_bytes(config, cluster.dtype),
-            2 * _MATMUL * config.num_layers * config.query_size * shape.attended,
-        ),
-        (head_params(config) * size if shape.draws else 0.0, _MATMUL * head_params(config) * shape.draws),
-    ]
+def hops(cluster: Cluster) -> int:
+    """Of a layer: from attention to the router, if that is another process, and from there to the experts."""
+    return 1 if cluster.has_router_inside else 2
 
 
-def attention_seconds(cluster: Cluster, cost: Efficiency, shape: StepShape) -> float:
-    """Of the attention worker's device in a step."""
-    device: Device = cluster.attention
-    bandwidth, flops = device.bandwidth * cost.bandwidth, device.peak(cluster.dtype) * cost.flops
-    parts = attention_parts(cluster, shape)
-    roofs = sum(max(read / bandwidth, products / flops) for read, products in parts)
-    return roofs + cluster.config.num_layers * (cost.per_layer + shape.rows * cost.per_row)
+@dataclasses.dataclass(frozen=True)
+class RowBytes:
+    """Of a step through the router, each way: copied in and out of messages, and those beside them."""
+
+    in_messages: float
+    by_pairs: float
+
+    @property
+    def all(self) -> float:
+        """On the network."""
+        return self.in_messages + self.by_pairs
 
 
-def hub_bytes(cluster: Cluster, rows: int) -> float:
-    """Through the router in each direction: a row from attention and one from each of its experts; as many back."""
+def row_bytes(cluster: Cluster, rows: int) -> RowBytes:
+    """A row from attention, unless it is the same process, and one from each of its experts; as many back."""
     config = cluster.config
-    return float(config.num_layers * rows * (1 + config.experts_per_token) * config.hidden_size * 2)
+    row = config.num_layers * rows * config.hidden_size * ROW_BYTES
+    attention, experts = float(row * (hops(cluster) - 1)), float(row * config.experts_per_token)
+    return RowBytes(attention, experts) if cluster.rows_by_pairs else RowBytes(attention + experts, 0.0)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from planner.arrivals import mean_length
+from planner.cluster import Cluster
 from planner.command import Plan
 from planner.forecast import kv_tokens
 from planner.layout import Card
@@ -13,6 +14,7 @@ from planner.memory import attention_memory, expert_memory
 from planner.model_size import all_params
 from planner.search import price_per_million
 from planner.shape import StepShape, decode, prefill
+from planner.simulated.results import Effect
 from planner.step_time import LEGS
 
 SHOWN_BATCHES = (1, 8, 32, 128)
@@ -20,8 +22,8 @@ SHOWN_BATCHES = (1, 8, 32, 128)
 
 def describe(plan: Plan) -> str:
     """What one reads: the answer, what is needed, who holds what, memory, steps, what it rests on."""
-    parts = [verdict(plan), numbers(plan), placement(plan), memory(plan), steps(plan), ground(plan)]
-    return "\n\n".join(parts)
+    parts = [verdict(plan), numbers(plan), placement(plan), memory(plan), steps(plan), simulated(plan), ground(plan)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def verdict(plan: Plan) -> str:
@@ -47,7 +49,7 @@ def numbers(plan: Plan) -> str:
     rows = [
         ("expert workers", f"{cards} in {cluster.expert_dtype}, {cluster.copies} of every expert"),
         ("attention workers", f"{cluster.attention_workers} x {cluster.attention.name} in {cluster.dtype}"),
-        ("routers", "in the same process" if cluster.is_fused else f"{cluster.routers}"),
+        ("routers", "in the same process" if cluster.is_fused else _routers(cluster)),
         ("lanes", f"{cluster.lanes}"),
         ("TTFT p50, p99", f"{_ms(forecast.ttft_p50)}, {_ms(forecast.ttft_p99)} ms"),
         ("TPOT p50, p99", f"{_ms(forecast.tpot_p50)}, {_ms(forecast.tpot_p99)} ms"),
@@ -55,6 +57,11 @@ def numbers(plan: Plan) -> str:
         ("rows of a step", f"{forecast.batch:.1f}; steps under way {forecast.busy * 100:.0f} % of the time"),
     ]
     return table(("", ""), rows)
+
+
+def _routers(cluster: Cluster) -> str:
+    where = "inside the attention workers" if cluster.has_router_inside else str(cluster.routers)
+    return where + (", rows from device to device" if cluster.rows_by_pairs else "")
 
 
 def placement(plan: Plan) -> str:
@@ -114,6 +121,50 @@ def steps(plan: Plan) -> str:
         tokens = shape.rows / time.alone
         rows.append((name, *(_ms(time.seconds[leg]) for leg in LEGS), _ms(time.alone), f"{tokens:.4g}"))
     return table(("ms per step", *LEGS, "whole", "tokens/s"), rows)
+
+
+def simulated(plan: Plan) -> str:
+    """Worker by worker, and what failures did. Empty: nothing was simulated."""
+    outcome = plan.outcome
+    if outcome is None:
+        return ""
+    holds = "hold" if outcome.holds else "do NOT hold"
+    open_ = f", {outcome.unfinished} never ended" if outcome.unfinished else ""
+    rows = [
+        (
+            "requests",
+            f"{outcome.requests} in {plan.settings.simulate:g} s{open_}; {outcome.share * 100:.1f} % are good",
+        ),
+        ("TTFT p50, p99", f"{_ms(outcome.ttft_p50)}, {_ms(outcome.ttft_p99)} ms"),
+        ("TPOT p50, p99", f"{_ms(outcome.tpot_p50)}, {_ms(outcome.tpot_p99)} ms"),
+        ("output tokens/s", f"{outcome.output_rate:.4g}"),
+        ("rows of a step", f"{outcome.mean_rows:.1f}"),
+        ("busy, mean and most", ", ".join(f"{name} {_shares(both)}" for name, both in outcome.busy.items())),
+        ("lost", f"{outcome.retries} expert calls sent again, {outcome.moves} sequences moved"),
+    ]
+    title = f"Simulated worker by worker ({outcome.num_steps} steps, {outcome.took:.0f} s): the objectives {holds}."
+    parts = [title + "\n" + table(("", ""), rows)]
+    if outcome.effects:
+        header = ("failure", "at s", "back after", "under way", "longest stall s", "tokens/s at least", "whole after s")
+        parts.append(table(header, [_effect(each) for each in outcome.effects]))
+    return "\n\n".join(parts)
+
+
+def _shares(both: tuple[float, float]) -> str:
+    return f"{both[0] * 100:.0f} % {both[1] * 100:.0f} %"
+
+
+def _effect(effect: Effect) -> tuple[str, ...]:
+    failure = effect.failure
+    return (
+        f"{failure.role} {failure.index}",
+        f"{failure.at:.1f}",
+        "-" if failure.lasts is None else f"{failure.lasts:g}",
+        str(effect.under_way),
+        f"{effect.longest_stall:.2f}",
+        "-" if effect.dip is None else f"{effect.dip * 100:.0f} %",
+        "-" if effect.recovered_after is None else f"{effect.recovered_after:g}",
+    )
 
 
 def ground(plan: Plan) -> str:

@@ -22,10 +22,10 @@ from launcher.up import Cluster, UpSettings
 
 
 class Service:
-    """A running service. processes: its ids by name. num_workers: of experts; 0: fused."""
+    """A running service. processes: its ids by name. num_workers: of experts; 0: fused. address: of its own."""
 
-    def __init__(self, client: AsyncClient, processes: dict[str, int], num_workers: int) -> None:
-        self.client, self.processes, self.num_workers = client, processes, num_workers
+    def __init__(self, client: AsyncClient, processes: dict[str, int], num_workers: int, address: str) -> None:
+        self.client, self.processes, self.num_workers, self.address = client, processes, num_workers, address
 
 
 def topology_name(num_workers: int) -> str:
@@ -39,7 +39,8 @@ async def start(model: Path, dtype: str, num_workers: int, **limits: Any) -> Asy
     if num_workers:
         settings = UpSettings(model=str(model), dtype=dtype, experts=num_workers, port=0, log_level="warning", **limits)
         async with Cluster(settings) as cluster, AsyncClient(cluster.address) as client:
-            yield Service(client, {process.name: process.pid for process in cluster.processes}, num_workers)
+            processes = {process.name: process.pid for process in cluster.processes}
+            yield Service(client, processes, num_workers, cluster.address)
         return
     serve = ServeSettings(model=str(model), dtype=dtype, port=0, log_level="warning", **limits)
     process = RoleProcess("serve", 0, "launcher", ["serve", *to_flags(serve)])
@@ -47,7 +48,7 @@ async def start(model: Path, dtype: str, num_workers: int, **limits: Any) -> Asy
     try:
         await process.wait_ready()
         async with AsyncClient(process.address) as client:
-            yield Service(client, {process.name: process.pid}, 0)
+            yield Service(client, {process.name: process.pid}, 0, process.address)
     finally:
         await process.stop()
 

@@ -88,6 +88,11 @@ def test_what_does_not_fit_is_an_error_of_the_command(capsys) -> None:
         {"calibrate": ("a",), "calibrate_model": "m", "costs": "c"},
         {"fused": True, "values": "v"},
         {"num_requests": 1},
+        {"router": "inside", "values": "v"},
+        {"skew": 1.0},
+        {"failures": ("expert:0@1s",)},
+        {"fused": True, "simulate": 1.0},
+        {"simulate": -1.0},
     ],
 )
 def test_settings_that_cannot_be(changes) -> None:
@@ -115,6 +120,42 @@ def test_a_faster_network_is_not_slower(capsys) -> None:
 def test_fused_has_no_wire(capsys) -> None:
     told = json.loads(plan(capsys, "--json", "--fused", "--experts-on", "cpu", "--attention-on", "cpu"))
     assert told["steps"]["decode 8"]["wire"] == told["steps"]["decode 8"]["messages"] == 0
+
+
+def test_a_router_inside_and_rows_by_pairs_serve_more(capsys) -> None:
+    devices = ["--experts-on", "4*h100", "--attention-on", "1*h100", "--expert-dtype", "float8"]
+    goals = ["--goodput", "ttft:8000", "tpot:400"]
+
+    def rate(*flags: str) -> float:
+        return json.loads(plan(capsys, "--json", *devices, *goals, *flags))["forecast"]["rate"]
+
+    assert rate() < rate("--router", "inside") < rate("--router", "inside", "--rows", "pairs")
+    assert "inside the attention workers" in plan(capsys, *devices, *goals, "--router", "inside")
+
+
+SIMULATED = ["--experts-on", "2*cpu-small", "--model", str(ROOT / "launcher" / "demo_model"), "--request-rate", "8"]
+SIMULATED += ["--output-len", "16", "--input-len", "64", "--simulate", "2"]
+
+
+def test_a_plan_is_simulated_worker_by_worker(capsys) -> None:
+    told = plan(capsys, *SIMULATED, "--failures", "expert:0@1s+0.5s", "attention:0@1.5+0.1")
+    for words in ("Simulated worker by worker", "expert 0", "attention 0", "longest stall s", "busy, mean and most"):
+        assert words in told
+    found = json.loads(plan(capsys, "--json", *SIMULATED, "--mtbf-hours", "0.001", "--repair-seconds", "0.1"))
+    assert found["simulated"]["unfinished"] == 0
+    assert len(found["simulated"]["effects"]) > 0
+    assert json.loads(plan(capsys, "--json", *SIMULATED[:-2]))["simulated"] is None
+
+
+def test_failures_of_workers_that_are_not_there(capsys) -> None:
+    assert main(["plan", *QUICK, *SIMULATED, "--failures", "router:7@1s"]) == 1
+    assert "failure of router 7" in capsys.readouterr().err
+
+
+def test_the_exit_code_is_that_of_the_simulation_too(capsys) -> None:
+    """Experts that are lost for good: the plan holds, what is simulated does not."""
+    assert main(["plan", *QUICK, *SIMULATED]) == 0
+    assert main(["plan", *QUICK, *SIMULATED, "--failures", "expert:0@1s"]) == 3
 
 
 def test_a_model_of_a_directory(capsys) -> None:
@@ -155,7 +196,9 @@ def test_costs_are_fitted_saved_and_used(capsys, tmp_path) -> None:
     legs = {"attention": {"ms": 5.0}, "gate": {"ms": 0.5}, "wire": {"ms": 8.0}, "expert": {"ms": 6.0}}
     fixed = {"topology": "split 2", "name": "decode", "prompt": 32, "new": 32, "ms": 22.0, "legs": legs}
     step = tmp_path / "step.txt"
-    step.write_text(json.dumps({"rows": [{**fixed, "batch": batch} for batch in (1, 8)]}))
+    limits = {"split 2": {"bandwidth": [[1e6, 2e11], [5e8, 3e10]], "flops": 9e11, "cold": 1.5}}
+    rows = [{**fixed, "batch": batch} for batch in (1, 8)]
+    step.write_text(json.dumps({"rows": rows, "threads": 2, "limits": limits}))
     model = str(ROOT / "launcher" / "demo_model")
     saved = tmp_path / "costs.json"
     fitted = ["--calibrate", str(step), "--calibrate-model", model, "--save-costs", str(saved)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -36,6 +37,8 @@ def test_a_file_of_devices(tmp_path) -> None:
     fields = {"kind": "cuda", "memory": 24, "bandwidth": 1e12, "flops": {"bfloat16": 1e14}, "price": 0.5}
     path.write_text(json.dumps({"mine": fields}))
     assert read_devices(path) == {"mine": Device(name="mine", **fields)}
+    path.write_text(json.dumps({"mine": {**fields, "caches": [[2e6, 1e12], [1e6, 2e12]]}}))
+    assert read_devices(path)["mine"].caches == ((1e6, 2e12), (2e6, 1e12))
     for text in ("[]", "{", '{"mine": {}}', '{"mine": {"kind": "tpu"}}'):
         path.write_text(text)
         with pytest.raises(ConfigError, match="devices"):
@@ -45,3 +48,32 @@ def test_a_file_of_devices(tmp_path) -> None:
 def test_a_device_does_not_compute_in_every_type() -> None:
     with pytest.raises(ConfigError, match="a100 does not compute in float8"):
         PRESETS["a100"].peak("float8")
+
+
+MEASURED = Device(
+    name="m",
+    kind="cpu",
+    memory=1,
+    bandwidth=50.0,
+    flops={"bfloat16": 1.0},
+    price=0,
+    cores=2,
+    caches=((100.0, 200.0), (10_000.0, 50.0)),
+    cold=3.0,
+)
+
+
+def test_a_working_set_is_read_as_fast_as_what_holds_it() -> None:
+    assert MEASURED.read_rate(10) == MEASURED.read_rate(100) == 200
+    assert MEASURED.read_rate(1000) == pytest.approx(125), "half way between, by their logarithms"
+    assert MEASURED.read_rate(1e4) == MEASURED.read_rate(1e9) == 50
+    assert PRESETS["h100"].read_rate(1.0) == PRESETS["h100"].bandwidth
+
+
+def test_code_is_as_slow_as_its_place_in_the_caches_is_taken() -> None:
+    assert MEASURED.slowdown(10) == 1
+    assert MEASURED.slowdown(1e9) == 3
+    assert MEASURED.slowdown(1000) == pytest.approx(1 + 2 * (1 / 125 - 1 / 200) / (1 / 50 - 1 / 200))
+    assert PRESETS["h100"].slowdown(1e12) == 1
+    level = dataclasses.replace(MEASURED, caches=((100.0, 50.0),))
+    assert level.slowdown(1e9) == 1, "where every working set is read alike, nothing is displaced"

@@ -7,7 +7,7 @@ from typing import Any
 
 from grokmoe.model_config import ModelConfig
 from planner.cluster import Cluster
-from planner.costs import Costs, Efficiency
+from planner.costs import AttentionCosts, Costs, ExpertCosts, RouterCosts
 from planner.device import Device
 from planner.layout import lay_out
 
@@ -26,16 +26,21 @@ CONFIG = ModelConfig(
 
 DEVICE = Device(name="d", kind="cuda", memory=80.0, bandwidth=1e9, flops={"bfloat16": 1e12}, price=2.0)
 
+_ROOFS = {"bandwidth": 1.0, "flops": 1.0, "tile_rows": 1.0}
+
+
+def nothing_but_roofs(kind: type[Any], **changes: float) -> Any:
+    """Costs of which only the roofs take time."""
+    fields = {field.name: _ROOFS.get(field.name, 0.0) for field in dataclasses.fields(kind)}
+    return kind(**(fields | changes))
+
+
 IDEAL = Costs(
-    attention={"cuda": Efficiency(per_layer=0.0, per_row=0.0, bandwidth=1.0, flops=1.0)},
-    experts={"cuda": Efficiency(per_layer=0.0, per_row=0.0, bandwidth=1.0, flops=1.0)},
-    per_message=0.0,
+    attention={"cuda": nothing_but_roofs(AttentionCosts, kv=1.0)},
+    experts={"cuda": nothing_but_roofs(ExpertCosts)},
+    router=nothing_but_roofs(RouterCosts),
     round_trip=0.0,
     link=1.0,
-    per_router_layer=0.0,
-    per_router_row=0.0,
-    per_step=0.0,
-    per_draw=0.0,
     origin="nothing but roofs",
 )
 
