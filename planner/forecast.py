@@ -12,7 +12,8 @@ from planner.arrivals import Load, draw
 from planner.bounds import Goals, Limits
 from planner.device import GIB
 from planner.model_size import kv_bytes
-from planner.simulation import Served, simulate
+from planner.shape import StepShape, mean_shape
+from planner.simulation import Served, Simulated, simulate
 from planner.step_time import StepTimer
 from router.step import SchedulerSettings
 
@@ -63,9 +64,19 @@ def forecast(timer: StepTimer, load: Load, limits: Limits, goals: Goals, num_req
     most = min(cluster.config.context_length, num_pages * PAGE_SIZE)
     part = dataclasses.replace(load, rate=load.rate / workers)
     arrivals = draw(part, num_requests, seed, most)
-    found = simulate(
-        arrivals, settings, num_pages, PAGE_SIZE, lambda shape, here: timer.in_flight(shape, here, here * workers)
-    )
+
+    def run(others: StepShape | None) -> Simulated:
+        return simulate(
+            arrivals,
+            settings,
+            num_pages,
+            PAGE_SIZE,
+            lambda shape, here: timer.in_flight(shape, here, here * workers, others),
+        )
+
+    found = run(None)
+    if workers * cluster.lanes > 1:  # what the steps of others are like is known now: like those of this worker
+        found = run(mean_shape([shape for shape, _ in found.steps]))
     begin, end = (share * arrivals[-1].time for share in MEASURED)
     counted = [each for each in found.served if begin <= each.arrival.time <= end] or found.served
     good = sum(is_good(each, goals) for each in counted) / len(counted)

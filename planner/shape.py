@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -39,3 +40,10 @@ def decode(batch: int, context: float) -> StepShape:
 def prefill(tokens: int, start: int = 0, draws: int = 1) -> StepShape:
     """One sequence's tokens from a position on."""
     return dataclasses.replace(of_chunks([(start, start + tokens, True)]), draws=draws)
+
+
+def mean_shape(shapes: Sequence[StepShape]) -> StepShape:
+    """A step like all of these."""
+    means = [statistics.fmean(values) for values in zip(*map(dataclasses.astuple, shapes), strict=True)]
+    rows, sequences, draws = (max(1, round(value)) for value in means[:3])
+    return StepShape(rows, sequences, draws, *means[3:])

@@ -26,6 +26,10 @@ from planner.shape import StepShape
 LEGS = ("attention", "router", "messages", "wire", "experts", "step")
 """In the order of a step."""
 
+SHARED_MOST = 0.9
+"""Share of what several attention workers share that is planned for: they know nothing of each other, and the queue for
+what is always busy has no end."""
+
 ROW_BYTES = 2
 """Of an element of a row between processes."""
 
@@ -95,13 +99,13 @@ class StepTimer:
         }
         return StepTime(seconds, attention, router + messages + step, link, experts.seconds)
 
-    def in_flight(self, shape: StepShape, here: int, everywhere: int) -> float:
+    def in_flight(self, shape: StepShape, here: int, everywhere: int, others: StepShape | None = None) -> float:
         """Seconds of a step while others are under way.
 
         here: steps of this attention worker, this one included; everywhere: of all, which share experts, and of each
-        router its own part of them.
+        router its own part of them. others: what those are like; None: like this one.
         """
-        return max(self.time(shape).alone, *self._queues(shape, here, everywhere).values())
+        return max(self.time(shape).alone, *self._queues(shape, here, everywhere, others).values())
 
     def binding(self, shape: StepShape, here: int, everywhere: int) -> str:
         """What a step with others under way waits for: a resource that is always busy, or else its longest leg."""
@@ -111,15 +115,24 @@ class StepTimer:
             return name
         return max(time.seconds, key=lambda leg: time.seconds[leg])
 
-    def _queues(self, shape: StepShape, here: int, everywhere: int) -> dict[str, float]:
+    def _queues(
+        self, shape: StepShape, here: int, everywhere: int, others: StepShape | None = None
+    ) -> dict[str, float]:
         """Seconds in which each resource has done its part of all the steps that queue for it."""
         time, cluster = self.time(shape), self.cluster
+        other = time if others is None else self.time(others)
+        at_router, at_experts = everywhere / cluster.routers, everywhere / cluster.copies
+
+        def queue(steps: float, own: float, of_others: float) -> float:
+            seconds = own + (steps - 1) * of_others if steps > 1 else steps * own
+            return seconds / (SHARED_MOST if steps > here else 1.0)
+
         return {
-            "attention": here * time.busy_attention,
-            "router": everywhere / cluster.routers * time.busy_router,
-            "link": everywhere / cluster.routers * time.busy_link,
-            "experts": everywhere / cluster.copies * time.busy_experts,
-            "host": everywhere * time.alone if cluster.host else 0.0,
+            "attention": queue(here, time.busy_attention, other.busy_attention),
+            "router": queue(at_router, time.busy_router, other.busy_router),
+            "link": queue(at_router, time.busy_link, other.busy_link),
+            "experts": queue(at_experts, time.busy_experts, other.busy_experts),
+            "host": queue(everywhere, time.alone, other.alone) if cluster.host else 0.0,
         }
 
 

@@ -43,5 +43,6 @@ class Scenario:
 
 
 def worker_counts(cluster: Cluster) -> Mapping[str, int]:
-    """By role."""
-    return {"expert": cluster.num_cards, "attention": cluster.attention_workers, "router": cluster.routers}
+    """By role. Where the router is inside the attention worker, both are one process: an attention worker."""
+    routers = 0 if cluster.has_router_inside else cluster.routers
+    return {"expert": cluster.num_cards, "attention": cluster.attention_workers, "router": routers}

@@ -121,10 +121,10 @@ class World:
         if failure.role == "expert":
             self.experts[failure.index].fail(noticed)
             self.clock.after(noticed, lambda: self._miss(failure.index))
-        elif failure.role == "attention":
+        elif failure.role == "attention" and not self.scenario.cluster.has_router_inside:
             cell, worker = self._attention(failure.index)
             self.clock.after(noticed, lambda: cell.lose_worker(worker))
-        else:
+        else:  # of both in one process the index is the same
             self.clock.after(noticed, lambda: self._move_clients(self.cells[failure.index]))
         if failure.lasts is not None:
             self.clock.after(max(failure.lasts, noticed), lambda: self._bring_back(failure))
@@ -147,7 +147,7 @@ class World:
             self.experts[failure.index].come_back()
             for cell in self.cells:
                 cell.pool.try_again()
-        elif failure.role == "attention":
+        elif failure.role == "attention" and not self.scenario.cluster.has_router_inside:
             cell, worker = self._attention(failure.index)
             cell.worker_is_back(worker)
         else:

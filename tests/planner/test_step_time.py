@@ -12,7 +12,7 @@ from planner.cluster import SharedHost
 from planner.costs import ASSUMED, AttentionCosts, Costs, ExpertCosts, RouterCosts
 from planner.experts_time import distinct_experts, draw_rows
 from planner.shape import StepShape, decode, of_chunks, prefill
-from planner.step_time import StepTimer
+from planner.step_time import SHARED_MOST, StepTimer
 from tests.planner.worked import CONFIG, DEVICE, IDEAL, cluster, nothing_but_roofs
 
 EXPERT_READ = 3 * 100 * 200 * 2 / 1e9
@@ -208,10 +208,16 @@ def test_steps_together_queue_where_it_is_busiest() -> None:
     shape = decode(8, 1)
     time = timer.time(shape)
     assert timer.in_flight(shape, 1, 1) == time.alone
-    assert timer.in_flight(shape, 1, 60) == pytest.approx(60 * time.busy_experts)
+    assert timer.in_flight(shape, 1, 60) == pytest.approx(60 * time.busy_experts / SHARED_MOST)
+    assert timer.in_flight(shape, 60, 60) == pytest.approx(60 * time.busy_experts), "steps of one worker are in order"
+    small = decode(1, 1)
+    rest = 59 * timer.time(small).busy_experts
+    assert timer.in_flight(shape, 1, 60, small) == pytest.approx((time.busy_experts + rest) / SHARED_MOST)
     assert timer.binding(shape, 1, 60) == "experts"
     copied = StepTimer(cluster(1, attention_workers=6, copies=3), IDEAL)
-    assert copied.in_flight(shape, 1, 60) == pytest.approx(max(time.alone, 20 * time.busy_experts, 60 * time.busy_link))
+    assert copied.in_flight(shape, 1, 60) == pytest.approx(
+        max(time.alone, 20 * time.busy_experts / SHARED_MOST, 60 * time.busy_link / SHARED_MOST)
+    )
 
 
 @given(rows=st.integers(1, 300), more=st.integers(1, 50))

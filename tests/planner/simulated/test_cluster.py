@@ -123,6 +123,15 @@ def test_a_router_that_is_lost_sends_its_clients_to_the_other() -> None:
     assert simulate(scenario(failures=none_left, **two)).unfinished == 0
 
 
+def test_an_attention_worker_with_a_router_inside_is_lost_with_it() -> None:
+    """So its clients go elsewhere, instead of waiting for it."""
+    two = {"rate": 30.0, "seconds": 4.0, "attention_workers": 2, "routers": 2, "copies": 2}
+    asked = scenario(failures=[lost("attention", 2.0, None)], has_router_inside=True, **two)
+    assert simulate(asked).unfinished == 0
+    with pytest.raises(ConfigError, match="there are 0"):
+        scenario(failures=[lost("router", 2.0, None)], has_router_inside=True, **two)
+
+
 def test_a_worker_that_is_lost_with_its_router_stays_lost_when_the_router_is_back() -> None:
     failures = [lost("attention", 1.0, 3.0), lost("router", 1.5, 0.5)]
     found = simulate(scenario(rate=10.0, seconds=3.0, failures=failures))
